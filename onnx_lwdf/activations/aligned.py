@@ -1,0 +1,38 @@
+"""BN-aligned propagation: synthetic images through the network with every BatchNormalization in batch-statistics mode.
+
+    y = deviation (x - mean_batch(x)) / deviation_batch(x) + mean
+
+Whatever the input was, every tensor that a BatchNormalization put out has exactly the mean and the deviation that it had
+in training, and the correlations between channels and neighbouring pixels, which independent draws destroy, come from
+the network's own weights. The normalizer stands behind the layer into which the BatchNormalization was folded.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+from onnx_lwdf.graph import Graph
+from onnx_lwdf.statistics import ChannelStatistics
+
+# Var = E[x^2] - E[x]^2 cancels in float32: below this share of E[x^2] it is noise, and noise is not amplified.
+SMALLEST_SHARE = 1e-6
+
+
+def align(graph: Graph, tensor: str, known: ChannelStatistics, shape: tuple[int, ...]) -> str:
+    """Behind the tensor [N, C, ...]: its channels normalized by the batch, then given the known statistics."""
+    axes = [0, *range(2, len(shape))]
+    mean = _reduce(graph, "ReduceMean", tensor, axes)  # [C]
+    square = graph.add("Mul", [tensor, tensor], "align")
+    power = _reduce(graph, "ReduceMean", square, axes)
+    spread = graph.add("Sub", [power, graph.add("Mul", [mean, mean], "align")], "align")
+    floor = graph.add("Mul", [power, graph.add_constant("align.share", np.float32(SMALLEST_SHARE))], "align")
+    variance = graph.add("Max", [spread, floor], "align")
+    scale = graph.add_constant("align.deviation", known.deviation.astype(np.float32))
+    shift = graph.add_constant("align.mean", known.mean.astype(np.float32))
+    return graph.add("BatchNormalization", [tensor, scale, shift, mean, variance], "align", epsilon=1e-12)
+
+
+def _reduce(graph: Graph, op: str, tensor: str, axes: list[int]) -> str:
+    if graph.opset < 18:
+        return graph.add(op, [tensor], "align", axes=axes, keepdims=0)
+    return graph.add(op, [tensor, graph.add_constant("align.axes", np.array(axes, np.int64))], "align", keepdims=0)

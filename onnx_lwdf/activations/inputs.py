@@ -1,0 +1,262 @@
+"""What a model's input looks like: shape, layout, and the normalization of its pixels.
+
+A file does not say how its pixels were normalized, but the first BatchNormalization behind the input does: it stored
+the mean and the variance that its channels had in training. Every convention of the table is tried on synthetic images:
+they go through the graph up to that point, and the convention whose channel statistics there are nearest to the stored
+ones, in Kullback-Leibler divergence of Gaussians averaged over the channels, is the input's. Where no convention fits,
+the normalization is estimated: channel means by least squares (the graph up to there is affine), one common deviation.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import numpy as np
+import onnx
+
+from onnx_lwdf.activations.images import F32, dead_leaves
+from onnx_lwdf.config import Config
+from onnx_lwdf.errors import ModelError, OptionError
+from onnx_lwdf.graph import Graph
+from onnx_lwdf.layers import WEIGHTED
+from onnx_lwdf.runtime import Array, open_session, run
+from onnx_lwdf.statistics import F64, ChannelStatistics, Statistics
+
+DEFAULT_SIDE = 224  # pixels, where an image's height or width is dynamic
+PROBES = 8  # images; the channel means over 8 x 112 x 112 positions are stable to a few percent
+WORST_DIVERGENCE = 10.0  # a single channel's say is bounded: dead channels diverge without end
+# A named convention is believed unless the free estimate has a far smaller divergence. Synthetic images are not
+# photographs: on networks whose convention is known the estimate wins by a factor of 1.2 to 8 all the same; on one
+# whose normalization is in no table it wins by more than 25.
+CLEARLY_BETTER = 1 / 16
+ESTIMATED_REACH = 3.0  # deviations around the mean that an input of estimated normalization is given
+ESTIMATED = "estimated"
+DEAD_LEAVES_MEAN, DEAD_LEAVES_DEVIATION = 127.5, 71.0  # of the synthetic pixels, measured
+
+
+@dataclass(frozen=True, slots=True)
+class Normalization:
+    """x = (pixel - mean) / std, pixels on the 0..255 scale; one value per channel, or one for all."""
+
+    name: str
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+
+    def apply(self, images: F32) -> F32:
+        """Images in [0, 1] [N, C, ...] to the model's scale."""
+        shape = (1, -1, *(1,) * (images.ndim - 2))
+        mean, std = np.float32(self.mean).reshape(shape), np.float32(self.std).reshape(shape)
+        return np.asarray((images * np.float32(255) - mean) / std, np.float32)
+
+    @property
+    def range(self) -> tuple[float, float]:
+        """The smallest and the largest value that a pixel can become; generous where it is estimated."""
+        if self.name == ESTIMATED:
+            return self._estimated_range()
+        low = min(-m / s for m, s in zip(self.mean, self.std, strict=True))
+        return low, max((255 - m) / s for m, s in zip(self.mean, self.std, strict=True))
+
+    def _estimated_range(self) -> tuple[float, float]:
+        """Mean and deviation are known, the black and the white point are not."""
+        centers = [(DEAD_LEAVES_MEAN - m) / s for m, s in zip(self.mean, self.std, strict=True)]
+        reach = ESTIMATED_REACH * max(DEAD_LEAVES_DEVIATION / s for s in self.std)
+        return min(centers) - reach, max(centers) + reach
+
+
+CONVENTIONS: tuple[Normalization, ...] = (
+    Normalization("torchvision", (123.675, 116.28, 103.53), (58.395, 57.12, 57.375)),
+    Normalization("minus one to one", (127.5,), (127.5,)),
+    Normalization("zero to one", (0.0,), (255.0,)),
+    Normalization("zero to 255", (0.0,), (1.0,)),
+    Normalization("caffe BGR", (103.939, 116.779, 123.68), (1.0, 1.0, 1.0)),
+)
+ASSUMED = CONVENTIONS[0]
+ASSUMED_GREY = Normalization("zero mean, unit deviation", (127.5,), (64.0,))
+
+
+@dataclass(frozen=True, slots=True)
+class InputSpec:
+    """One input of the model."""
+
+    name: str
+    shape: tuple[int, ...]  # of a single sample, without the batch axis
+    channels_last: bool
+    image: bool
+    normalization: Normalization | None  # None: not an image; standard normal values
+    inferred: bool  # from stored statistics, or given by the user
+
+    def draw(self, count: int, rng: np.random.Generator) -> F32:
+        """Synthetic samples on the model's scale, float32 [count, *shape]."""
+        if not self.image or self.normalization is None:
+            return rng.standard_normal((count, *self.shape)).astype(np.float32)
+        height, width, channels = self.shape if self.channels_last else (*self.shape[1:], self.shape[0])
+        return self.place(dead_leaves(count, channels, height, width, rng))
+
+    def place(self, images: F32) -> F32:
+        """Images in [0, 1] [N, C, H, W] on the model's scale and in its layout."""
+        assert self.normalization is not None
+        scaled = self.normalization.apply(images)
+        return np.ascontiguousarray(scaled.transpose(0, 2, 3, 1)) if self.channels_last else scaled
+
+
+def read_inputs(graph: Graph, config: Config, statistics: Statistics) -> tuple[tuple[InputSpec, ...], tuple[str, ...]]:
+    """Every input of the model and warnings about what had to be assumed."""
+    infos = {value.name: value for value in graph.model.graph.input}
+    unknown = set(config.input_shape) - set(graph.inputs)
+    if unknown:
+        names = ", ".join(graph.inputs)
+        raise OptionError(f"input-shape names {sorted(unknown)[0]!r}, which is no input; the inputs are {names}")
+    specs, warnings = [], []
+    for name in graph.inputs:
+        spec = _spec(infos[name], config)
+        if spec.image:
+            spec = _normalized(graph, spec, config, statistics)
+        if not spec.inferred:
+            warnings.append(_assumption(spec))
+        specs.append(spec)
+    return tuple(specs), tuple(warnings)
+
+
+def _assumption(spec: InputSpec) -> str:
+    if spec.normalization is None:
+        return f"input {spec.name!r} is not an image: standard normal values of shape {spec.shape} stand in for it"
+    return (
+        f"input {spec.name!r}: no BatchNormalization near it tells how its pixels are normalized; "
+        f"assumed {spec.normalization.name}; give --input-range or --input-mean and --input-std"
+    )
+
+
+def _spec(info: onnx.ValueInfoProto, config: Config) -> InputSpec:
+    kind = info.type.tensor_type
+    if kind.elem_type != onnx.TensorProto.FLOAT:
+        word = onnx.TensorProto.DataType.Name(kind.elem_type).lower()
+        raise ModelError(f"input {info.name!r} is {word}; only float32 inputs can be synthesized")
+    known = [dim.dim_value if dim.HasField("dim_value") else 0 for dim in kind.shape.dim]
+    shape = _full_shape(info.name, known, config)
+    image = len(shape) == 4 and (shape[1] in (1, 3) or shape[3] in (1, 3))
+    last = image and shape[1] not in (1, 3)
+    return InputSpec(info.name, tuple(shape[1:]), last, image, None, inferred=False)
+
+
+def _full_shape(name: str, known: list[int], config: Config) -> list[int]:
+    given = config.input_shape.get(name)
+    if given is not None:
+        if known and len(given) != len(known):
+            raise OptionError(f"input-shape {name} has {len(given)} dimensions; the model's input has {len(known)}")
+        return list(given)
+    if not known:
+        raise OptionError(f"input {name!r} has no shape; give --input-shape {name}:1,3,224,224")
+    default = [1, 3, DEFAULT_SIDE, DEFAULT_SIDE] if len(known) == 4 else [1, *[16] * (len(known) - 1)]
+    if len(known) == 4 and known[3] in (1, 3) and known[1] not in (1, 3):
+        default = [1, DEFAULT_SIDE, DEFAULT_SIDE, 3]
+    return [size if size > 0 else fallback for size, fallback in zip(known, default, strict=True)]
+
+
+def _normalized(graph: Graph, spec: InputSpec, config: Config, statistics: Statistics) -> InputSpec:
+    """The image input with its normalization: given, inferred, or assumed."""
+    channels = spec.shape[-1] if spec.channels_last else spec.shape[0]
+    given = _given(config, channels)
+    if given is not None:
+        return _replace(spec, given, inferred=True)
+    probe = _first_statistics(graph, spec.name, statistics)
+    if probe is None:
+        return _replace(spec, ASSUMED if channels == 3 else ASSUMED_GREY, inferred=False)
+    return _replace(spec, infer(graph, spec, probe, statistics[probe]), inferred=True)
+
+
+def _replace(spec: InputSpec, normalization: Normalization, inferred: bool) -> InputSpec:
+    return InputSpec(spec.name, spec.shape, spec.channels_last, spec.image, normalization, inferred)
+
+
+def _given(config: Config, channels: int) -> Normalization | None:
+    if config.input_mean is not None and config.input_std is not None:
+        for word, values in (("mean", config.input_mean), ("std", config.input_std)):
+            if len(values) not in (1, channels):
+                raise OptionError(f"input-{word} has {len(values)} values; the input has {channels} channels")
+        pairs = np.broadcast_arrays(np.array(config.input_mean), np.array(config.input_std))
+        return Normalization("given", tuple(map(float, pairs[0])), tuple(map(float, pairs[1])))
+    if config.input_range is not None:
+        low, high = config.input_range
+        std = 255 / (high - low)
+        return Normalization("given", (-low * std,), (std,))
+    return None
+
+
+def _first_statistics(graph: Graph, name: str, statistics: Statistics) -> str | None:
+    """The first tensor with statistics that depends on the input through exactly one layer."""
+    depth = {name: 0}
+    for node in graph.nodes:
+        depths = [depth[source] for source in node.input if source in depth]
+        if not depths:
+            continue
+        weighted = max(depths) + (node.op_type in WEIGHTED)
+        for output in node.output:
+            depth[output] = weighted
+            if output in statistics and weighted == 1 and len(graph.inputs) == 1:
+                return output
+    return None
+
+
+def infer(graph: Graph, spec: InputSpec, probe: str, stored: ChannelStatistics) -> Normalization:
+    """The normalization under which synthetic images have the stored statistics at the tensor `probe`."""
+    head = _head(graph.model, probe)
+    height, width, channels = spec.shape if spec.channels_last else (*spec.shape[1:], spec.shape[0])
+    images = dead_leaves(PROBES, channels, height, width, np.random.default_rng(0))
+    fits = [c for c in CONVENTIONS if len(c.mean) in (1, channels)]
+    estimate = _estimate(head, spec, stored, images)
+    scored = [(_divergence(head, _replace(spec, c, True), stored, images), c) for c in fits]
+    best, convention = min(scored, key=lambda pair: pair[0])
+    free = _divergence(head, _replace(spec, estimate, True), stored, images)
+    return convention if best * CLEARLY_BETTER <= free else estimate
+
+
+def _head(model: onnx.ModelProto, tensor: str) -> onnx.ModelProto:
+    """The part of the model that makes the tensor."""
+    head = onnx.ModelProto()
+    head.CopyFrom(model)
+    del head.graph.output[:]
+    head.graph.output.append(onnx.helper.make_empty_tensor_value_info(tensor))
+    Graph(head).commit()
+    return head
+
+
+def _response(head: onnx.ModelProto, feeds: Mapping[str, Array]) -> tuple[F64, F64]:
+    """Mean and deviation of each channel (axis 1) of the head's output."""
+    value = run(open_session(head), feeds)[0].astype(np.float64)
+    axes = (0, *range(2, value.ndim))
+    return value.mean(axes), value.std(axes)
+
+
+def _divergence(head: onnx.ModelProto, spec: InputSpec, stored: ChannelStatistics, images: F32) -> float:
+    """Mean over channels of KL(N(stored) || N(seen)), bounded per channel."""
+    mean, deviation = _response(head, {spec.name: spec.place(images)})
+    alive = stored.deviation > 1e-3 * stored.deviation.max(initial=0)
+    if not alive.any():
+        return WORST_DIVERGENCE
+    ratio = stored.deviation[alive] / np.maximum(deviation[alive], 1e-12)
+    offset = (stored.mean[alive] - mean[alive]) / np.maximum(deviation[alive], 1e-12)
+    divergence = 0.5 * (ratio**2 + offset**2 - 1) - np.log(ratio)
+    return float(np.minimum(divergence, WORST_DIVERGENCE).mean())
+
+
+def _estimate(head: onnx.ModelProto, spec: InputSpec, stored: ChannelStatistics, images: F32) -> Normalization:
+    """Channel means by least squares on the stored means, one deviation by the median ratio of the deviations."""
+    plain = Normalization(ESTIMATED, (0.0,), (255.0,))
+    unit = _replace(spec, plain, True)
+    channels = images.shape[1]
+    base, _ = _response(head, {spec.name: unit.place(np.zeros_like(images[:1]))})
+    columns = []
+    for channel in range(channels):
+        one = np.zeros_like(images[:1])
+        one[:, channel] = 1
+        columns.append(_response(head, {spec.name: unit.place(one)})[0] - base)
+    weight = 1 / np.maximum(stored.deviation, 1e-3 * stored.deviation.max())
+    matrix, target = np.stack(columns, 1) * weight[:, None], (stored.mean - base) * weight
+    means = np.linalg.lstsq(matrix, target, rcond=1e-3)[0]  # of the input's channels, on the model's scale
+    _, deviation = _response(head, {spec.name: unit.place(images)})
+    alive = (stored.deviation > 1e-3 * stored.deviation.max()) & (deviation > 0)
+    factor = float(np.exp(np.median(np.log(stored.deviation[alive] / deviation[alive])))) if alive.any() else 1.0
+    pixel_mean = images.mean((0, 2, 3)) * 255
+    std = 255 / factor
+    return Normalization(ESTIMATED, tuple(map(float, pixel_mean - means * std)), (float(std),) * channels)

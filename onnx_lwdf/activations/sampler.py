@@ -1,0 +1,42 @@
+"""From the source's name to samples of every layer's input."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+import numpy as np
+import onnx
+
+from onnx_lwdf.activations.data import load
+from onnx_lwdf.activations.inputs import InputSpec
+from onnx_lwdf.activations.sources import SOURCES
+from onnx_lwdf.activations.taps import CHUNK, Feed, Samples, sample
+from onnx_lwdf.config import Config
+from onnx_lwdf.layers import Layer
+from onnx_lwdf.statistics import Statistics
+
+
+def synthesize(
+    model: onnx.ModelProto,
+    layers: Sequence[Layer],
+    tensors: Iterable[str],
+    statistics: Statistics,
+    chunks: Sequence[Feed],
+    config: Config,
+) -> Samples:
+    """Samples of the inputs of layers and of the values of tensors, from the configured source."""
+    rng = np.random.default_rng([config.seed, 1])
+    return sample(model, layers, tensors, chunks, rng, statistics, SOURCES[config.source])
+
+
+def draw_chunks(inputs: Sequence[InputSpec], config: Config) -> list[Feed]:
+    """The model's input samples in chunks of equal size: drawn, or loaded where the source is a path."""
+    if config.source == "data":
+        samples = load(Path(config.activations_from), inputs)
+        size = min(CHUNK, len(next(iter(samples.values()))))
+        counts = len(next(iter(samples.values()))) // size
+        return [{name: value[i * size : (i + 1) * size] for name, value in samples.items()} for i in range(counts)]
+    rng = np.random.default_rng([config.seed, 0])
+    size = min(CHUNK, config.samples)
+    return [{spec.name: spec.draw(size, rng) for spec in inputs} for _ in range(-(-config.samples // size))]

@@ -1,0 +1,241 @@
+"""Taps: sampled layer inputs and tensors, gathered inside onnxruntime, so that whole activations never leave it.
+
+A layer's tap answers the patches x that its weight rows meet, `[groups, in, positions]`, so that y = W x is the layer.
+The positions are drawn anew for every chunk of images and fed as indices: one session serves all chunks and all layers.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+import onnx
+
+from onnx_lwdf.graph import Graph
+from onnx_lwdf.layers import Layer, Window, weight_of
+from onnx_lwdf.runtime import Array, open_session, run
+from onnx_lwdf.statistics import ChannelStatistics, Statistics
+
+F32 = npt.NDArray[np.float32]
+Indices = npt.NDArray[np.int64]
+Feed = Mapping[str, F32]
+Align = Callable[[Graph, str, ChannelStatistics, tuple[int, ...]], str]  # graph, tensor, what it must have, its shape
+
+CHUNK = 16  # images at a time: bounds the memory, and is enough for batch statistics
+VALUES_PER_LAYER = 2**20  # patch values kept of one layer
+FEWEST_POSITIONS, MOST_POSITIONS = 256, 4096
+POSITIONS_PER_INPUT = 2  # a Hessian of rank `in` needs more positions than it has rows
+VALUES_PER_TENSOR = 2**15
+
+
+@dataclass(frozen=True, slots=True)
+class Samples:
+    """What the taps saw."""
+
+    patches: Mapping[str, F32]  # layer name -> [groups, in, positions]
+    values: Mapping[str, F32]  # tensor name -> [values]
+
+
+@dataclass(frozen=True, slots=True)
+class _Tap:
+    """One tap: where it is read, the indices it is fed, and how an answer is brought into shape."""
+
+    output: str
+    feed: str | None
+    draw: Callable[[np.random.Generator], Indices] | None
+    decode: Callable[[Array], F32]
+
+
+def sample(
+    model: onnx.ModelProto,
+    layers: Sequence[Layer],
+    tensors: Iterable[str],
+    chunks: Sequence[Feed],
+    rng: np.random.Generator,
+    statistics: Statistics,
+    align: Align | None,
+) -> Samples:
+    """Run the chunks of input samples through the model and gather the patches of layers and the values of tensors.
+
+    `align` replaces every tensor that has statistics before the taps are laid: a source's way of making activations.
+    """
+    probe = onnx.ModelProto()
+    probe.CopyFrom(model)
+    tensors = list(dict.fromkeys(tensors))
+    graph = Graph(probe)
+    known = statistics if align else {}
+    shapes = tensor_shapes(model, [*(layer.input for layer in layers), *tensors, *known], chunks[0])
+    total = sum(len(next(iter(chunk.values()))) for chunk in chunks)
+    batch = len(next(iter(chunks[0].values())))
+    aligned = {
+        name: _replace(graph, name, align, known[name], (batch, *shapes[name][1:])) for name in known if align is not None
+    }
+    taps = {
+        layer.name: _layer_tap(graph, layer, aligned.get(layer.input, layer.input), shapes[layer.input], total)
+        for layer in layers
+    }
+    values = {name: _value_tap(graph, aligned.get(name, name), shapes[name], total) for name in tensors}
+    answers = _run(graph, {**taps, **{f"value:{name}": tap for name, tap in values.items()}}, chunks, rng)
+    patches = {layer.name: np.concatenate(answers[layer.name], axis=-1) for layer in layers}
+    return Samples(patches, {name: np.concatenate(answers[f"value:{name}"]) for name in tensors})
+
+
+def _replace(graph: Graph, tensor: str, align: Align, known: ChannelStatistics, shape: tuple[int, ...]) -> str:
+    """Let all readers of the tensor read its aligned version; the new tensor's name."""
+    readers = list(graph.consumers[tensor])
+    aligned = align(graph, tensor, known, shape)
+    for reader in readers:
+        for index, name in enumerate(reader.input):
+            if name == tensor:
+                graph.connect(reader, index, aligned)
+    return aligned
+
+
+def tensor_shapes(model: onnx.ModelProto, tensors: Iterable[str], feed: Feed) -> dict[str, tuple[int, ...]]:
+    """The shapes of tensors, seen in one run of a single sample: works where shape inference does not."""
+    probe = onnx.ModelProto()
+    probe.CopyFrom(model)
+    names = list(dict.fromkeys(tensors))
+    inputs = [name for name in names if name in feed]
+    wanted = [name for name in names if name not in feed]
+    del probe.graph.output[:]
+    probe.graph.output.extend(onnx.helper.make_empty_tensor_value_info(name) for name in wanted)
+    single = {name: value[:1] for name, value in feed.items()}
+    values = run(open_session(probe), single, wanted) if wanted else []
+    shapes = {name: value.shape for name, value in zip(wanted, values, strict=True)}
+    return shapes | {name: single[name].shape for name in inputs}
+
+
+def positions_wanted(layer_inputs: int, groups: int) -> int:
+    """How many positions of a layer are sampled, within the bounds above."""
+    rank = POSITIONS_PER_INPUT * layer_inputs
+    fair = VALUES_PER_LAYER // (groups * layer_inputs)
+    return int(np.clip(max(rank, fair), FEWEST_POSITIONS, MOST_POSITIONS))
+
+
+def _run(
+    graph: Graph, taps: Mapping[str, _Tap], chunks: Sequence[Feed], rng: np.random.Generator
+) -> dict[str, list[F32]]:
+    model = graph.model
+    del model.graph.output[:]
+    graph.outputs = list(dict.fromkeys(tap.output for tap in taps.values()))
+    model.graph.output.extend(onnx.helper.make_empty_tensor_value_info(name) for name in graph.outputs)
+    for tap in taps.values():
+        if tap.feed is not None:
+            model.graph.input.append(onnx.helper.make_tensor_value_info(tap.feed, onnx.TensorProto.INT64, [None]))
+    outputs = graph.outputs
+    graph.commit()
+    session = open_session(model, arena=False)
+    inputs = {value.name for value in session.get_inputs()}
+    answers: dict[str, list[F32]] = {name: [] for name in taps}
+    for chunk in chunks:
+        indices = {tap.feed: tap.draw(rng) for tap in taps.values() if tap.feed is not None and tap.draw is not None}
+        feeds = {name: value for name, value in {**chunk, **indices}.items() if name in inputs}
+        result = dict(zip(outputs, run(session, feeds, outputs), strict=True))
+        for name, tap in taps.items():
+            answers[name].append(tap.decode(result[tap.output]))
+    return answers
+
+
+def _layer_tap(graph: Graph, layer: Layer, source: str, shape: tuple[int, ...], total: int) -> _Tap:
+    groups, _, width = weight_of(graph, layer).shape if layer.op != "ConvTranspose" else (layer.groups, 0, 0)
+    if layer.window is None:
+        return _row_tap(graph, source, shape, width, total)
+    channels = shape[1] // groups
+    window = layer.window if layer.op == "Conv" else _pointwise(layer.window)
+    wanted = positions_wanted(channels * math.prod(window.kernel), groups)
+    return _window_tap(graph, source, shape, window, groups, -(-wanted // total))
+
+
+def _pointwise(window: Window) -> Window:
+    """A transposed convolution's patches are single input positions."""
+    ones = (1,) * len(window.kernel)
+    return Window(ones, ones, ones, (0,) * 2 * len(ones), "NOTSET")
+
+
+def _row_tap(graph: Graph, source: str, shape: tuple[int, ...], width: int, total: int) -> _Tap:
+    """Gemm and MatMul: rows of the input [..., in]."""
+    rows = math.prod(shape[1:-1])  # of one sample
+    flat = graph.add("Reshape", [source, graph.add_constant("tap.shape", np.array([-1, width], np.int64))], "tap")
+    wanted = -(-positions_wanted(width, 1) // total)
+    if rows <= wanted:
+        return _Tap(flat, None, None, lambda value: value.T[None])
+    feed = graph.unique("tap.rows")
+    output = graph.add("Gather", [flat, feed], "tap", axis=0)
+
+    def draw(rng: np.random.Generator) -> Indices:
+        return np.sort(rng.choice(rows, wanted, replace=False)).astype(np.int64)
+
+    return _Tap(output, feed, draw, lambda value: value.T[None])
+
+
+def _window_tap(
+    graph: Graph, source: str, shape: tuple[int, ...], window: Window, groups: int, per_sample: int
+) -> _Tap:
+    """Conv: the patches under the kernel at sampled output positions."""
+    size = np.array(shape[2:])
+    begins, ends = pads_for(window, shape[2:])
+    if any((*begins, *ends)):
+        widths = np.array([0, 0, *begins, 0, 0, *ends], np.int64)
+        source = _pad(graph, source, widths)
+    padded = size + begins + ends
+    reach = np.array(window.dilations) * (np.array(window.kernel) - 1) + 1
+    out = (padded - reach) // np.array(window.strides) + 1  # output positions per axis
+    count, kernel = int(np.prod(out)), math.prod(window.kernel)
+    taken = min(per_sample, count)
+    shape_name = graph.add_constant("tap.shape", np.array([0, shape[1], -1], np.int64))
+    flat = graph.add("Reshape", [source, shape_name], "tap")
+    feed = graph.unique("tap.positions")
+    output = graph.add("Gather", [flat, feed], "tap", axis=2)
+    offsets = np.indices(window.kernel).reshape(len(out), -1) * np.array(window.dilations)[:, None]  # [axes, kernel]
+
+    def draw(rng: np.random.Generator) -> Indices:
+        chosen = np.sort(rng.choice(count, taken, replace=False))
+        corner = np.stack(np.unravel_index(chosen, out)) * np.array(window.strides)[:, None]  # [axes, taken]
+        places = corner[:, None, :] + offsets[:, :, None]  # [axes, kernel, taken]
+        return np.ravel_multi_index(tuple(places), tuple(padded)).ravel().astype(np.int64)
+
+    def decode(value: Array) -> F32:
+        samples = value.shape[0]
+        split = value.reshape(samples, groups, shape[1] // groups, kernel, taken)
+        ordered = split.transpose(1, 3, 2, 0, 4)  # [groups, kernel, channels, samples, taken]
+        return np.ascontiguousarray(ordered).reshape(groups, kernel * (shape[1] // groups), samples * taken)
+
+    return _Tap(output, feed, draw, decode)
+
+
+def pads_for(window: Window, size: Sequence[int]) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """Begins and ends of the padding, auto_pad resolved for this input size."""
+    rank = len(window.kernel)
+    if window.pads is not None:
+        return window.pads[:rank], window.pads[rank:]
+    begins, ends = [], []
+    for n, k, s, d in zip(size, window.kernel, window.strides, window.dilations, strict=True):
+        total = max((-(-n // s) - 1) * s + d * (k - 1) + 1 - n, 0)
+        small = total // 2
+        begins.append(total - small if window.auto_pad == "SAME_LOWER" else small)
+        ends.append(total - begins[-1])
+    return tuple(begins), tuple(ends)
+
+
+def _pad(graph: Graph, source: str, widths: Indices) -> str:
+    if graph.opset < 11:
+        return graph.add("Pad", [source], "tap", pads=[int(width) for width in widths])
+    return graph.add("Pad", [source, graph.add_constant("tap.pads", widths)], "tap")
+
+
+def _value_tap(graph: Graph, source: str, shape: tuple[int, ...], total: int) -> _Tap:
+    """Any tensor: values at sampled positions of every sample."""
+    count = math.prod(shape[1:])
+    taken = min(count, -(-VALUES_PER_TENSOR // total))
+    flat = graph.add("Reshape", [source, graph.add_constant("tap.shape", np.array([-1, count], np.int64))], "tap")
+    feed = graph.unique("tap.values")
+    output = graph.add("Gather", [flat, feed], "tap", axis=1)
+
+    def draw(rng: np.random.Generator) -> Indices:
+        return np.sort(rng.choice(count, taken, replace=False)).astype(np.int64)
+
+    return _Tap(output, feed, draw, lambda value: np.ascontiguousarray(value).ravel())

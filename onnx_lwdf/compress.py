@@ -1,0 +1,137 @@
+"""The five steps: read, precondition, synthesize, solve, emit and verify."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import onnx
+
+from onnx_lwdf.activations.inputs import InputSpec, read_inputs
+from onnx_lwdf.activations.sampler import draw_chunks, synthesize
+from onnx_lwdf.config import TARGETS, Config
+from onnx_lwdf.emit import FORMATS
+from onnx_lwdf.emit.stored import Stored
+from onnx_lwdf.errors import ModelError
+from onnx_lwdf.graph import Graph
+from onnx_lwdf.layers import Bits, Layer, Skipped, find_layers, from_canonical, output_axis
+from onnx_lwdf.layerwise import Solved, choose_grids, solve_layers
+from onnx_lwdf.model_io import Source, fix_initializers, raise_opset
+from onnx_lwdf.plan import plan_bits
+from onnx_lwdf.precondition.fold import fold
+from onnx_lwdf.sites import Site, find_sites
+from onnx_lwdf.statistics import Statistics
+from onnx_lwdf.verify import Fidelity, verify
+
+VERIFIED_SAMPLES = 8
+
+
+@dataclass(frozen=True, slots=True)
+class Progress:
+    """One step done: `stage` is a word such as "solve", `name` the layer, or empty."""
+
+    stage: str
+    name: str
+    done: int
+    total: int
+
+
+OnLayer = Callable[[Progress], None]
+
+
+@dataclass(frozen=True, slots=True)
+class Prepared:
+    """A model that was read and preconditioned: float still, ready to be compressed."""
+
+    graph: Graph
+    layers: Sequence[Layer]
+    skipped: Sequence[Skipped]
+    statistics: Statistics
+    plan: Mapping[str, Bits]
+    inputs: Sequence[InputSpec]
+    warnings: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Compressed:
+    """What the five steps made."""
+
+    model: onnx.ModelProto
+    prepared: Prepared
+    solved: Sequence[Solved]
+    fidelity: Fidelity
+
+
+def compress_model(source: Source, config: Config, on_layer: OnLayer) -> Compressed:
+    """The five steps on a model that was read; the source is not changed."""
+    prepared = prepare(source.model, config)
+    graph, layers = prepared.graph, prepared.layers
+    preconditioned = _copy(graph.model)
+
+    sites = find_sites(graph, layers, prepared.plan)
+    chunks = draw_chunks(prepared.inputs, config)
+    tensors = [site.tensors[0] for site in sites if site.tensors[0] not in graph.inputs]
+    samples = synthesize(preconditioned, layers, tensors, prepared.statistics, chunks, config)
+    on_layer(Progress("synthesize", "", 1, 1))
+
+    grids = choose_grids(graph, layers, sites, samples, prepared.inputs, config)
+    solved: list[Solved] = []
+    for answer in solve_layers(graph, layers, prepared.plan, grids, samples, config):
+        solved.append(answer)
+        on_layer(Progress("solve", answer.layer.name, len(solved), len(layers)))
+
+    signed = TARGETS[config.target].signed_activations
+    FORMATS[config.stored_format].emit(graph, [_stored(graph, answer) for answer in solved], sites, grids, signed)
+    graph.commit()
+
+    outputs = [layer.output for layer in layers]
+    feeds = _verification(prepared.inputs, config)
+    fidelity = verify(source.model, preconditioned, graph.model, outputs, feeds)
+    on_layer(Progress("verify", "", 1, 1))
+    return Compressed(graph.model, prepared, solved, fidelity)
+
+
+def prepare(model: onnx.ModelProto, config: Config) -> Prepared:
+    """Read and precondition: layers found, BatchNormalization folded, bits planned."""
+    form = FORMATS[config.stored_format]
+    model, note = raise_opset(_copy(model), form.opset)
+    notes = [note, fix_initializers(model)]
+    graph = Graph(model)
+    statistics = fold(graph)
+    layers, skipped = find_layers(graph, config.exclude)
+    unfit = [layer for layer in layers if layer.op not in form.operators]
+    skipped += [_unfit(graph, layer, config.stored_format) for layer in unfit]
+    layers = [layer for layer in layers if layer.op in form.operators]
+    if not layers:
+        reasons = "; ".join(dict.fromkeys(layer.reason for layer in skipped))
+        raise ModelError(f"nothing to compress: {reasons or 'the model has no Conv, ConvTranspose, Gemm or MatMul'}")
+    plan = plan_bits(graph, layers, skipped, config)
+    inputs, warnings = read_inputs(graph, config, statistics)
+    return Prepared(graph, layers, skipped, statistics, plan, inputs, (*filter(None, notes), *warnings))
+
+
+def _unfit(graph: Graph, layer: Layer, name: str) -> Skipped:
+    weight = graph.constant(layer.weight)
+    shape = () if weight is None else weight.shape
+    return Skipped(layer.name, layer.op, shape, f"onnxruntime has no integer {layer.op}; format {name} keeps it in float")
+
+
+def _stored(graph: Graph, answer: Solved) -> Stored:
+    """The solution laid out as the model stores weights."""
+    layer, solution = answer.layer, answer.solution
+    weight = graph.constant(layer.weight)
+    assert weight is not None, layer.name
+    codes = from_canonical(layer, solution.codes, weight.shape)
+    return Stored(layer, codes, solution.scale.astype(np.float32).ravel(), output_axis(layer), answer.bias, answer.grid)
+
+
+def _verification(inputs: Sequence[InputSpec], config: Config) -> list[dict[str, np.ndarray]]:
+    rng = np.random.default_rng([config.seed, 2])
+    return [{spec.name: spec.draw(1, rng) for spec in inputs} for _ in range(VERIFIED_SAMPLES)]
+
+
+def _copy(model: onnx.ModelProto) -> onnx.ModelProto:
+    copy = onnx.ModelProto()
+    copy.CopyFrom(model)
+    return copy

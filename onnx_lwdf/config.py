@@ -1,0 +1,123 @@
+"""What the user asked for, validated once."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, fields
+from typing import Any
+
+from onnx_lwdf.activations.sources import SOURCES
+from onnx_lwdf.emit import FORMATS
+from onnx_lwdf.errors import OptionError
+from onnx_lwdf.solvers import SOLVERS
+
+BITS = range(2, 9)
+
+
+@dataclass(frozen=True, slots=True)
+class Target:
+    """What the integer kernels of a processor family ask of the codes."""
+
+    pair_safe: bool  # |code[2k] + code[2k + 1]| <= 128: u8 x s8 cannot saturate in vpmaddubsw
+    signed_activations: bool  # int8 instead of uint8
+    symmetric_activations: bool  # zero point 0 of the signed grid
+
+
+TARGETS: Mapping[str, Target] = {
+    "generic": Target(pair_safe=True, signed_activations=False, symmetric_activations=False),
+    "x86": Target(pair_safe=True, signed_activations=False, symmetric_activations=False),
+    "x86-vnni": Target(pair_safe=False, signed_activations=False, symmetric_activations=False),
+    "arm": Target(pair_safe=False, signed_activations=True, symmetric_activations=False),
+    "tensorrt": Target(pair_safe=False, signed_activations=True, symmetric_activations=True),
+}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Config:
+    """All options of one run; the command line and `compress()` use the same words."""
+
+    weight_bits: int = 8
+    activation_bits: int | None = 8  # None: activations stay float
+    bits_for: Mapping[str, int] = field(default_factory=dict)  # glob on node name or op type -> bits
+    keep_first_last: bool | None = None  # None: on below 8 bits
+    method: str = "auto"
+    activations_from: str = "aligned"  # a key of SOURCES, or a path
+    format: str = "auto"
+    target: str = "generic"
+    exclude: tuple[str, ...] = ()  # globs on node name or op type
+    input_shape: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
+    input_range: tuple[float, float] | None = None
+    input_mean: tuple[float, ...] | None = None  # on the 0..255 scale, as is input_std
+    input_std: tuple[float, ...] | None = None
+    fail_under: float | None = None  # dB at the outputs
+    jobs: int | None = None  # None: all cores
+    samples: int = 64
+    seed: int = 0
+    save_as_external_data: bool = False
+
+    def __post_init__(self) -> None:
+        for name in ("weight_bits", "activation_bits"):
+            _check_bits(name.replace("_", "-"), getattr(self, name))
+        for pattern, bits in self.bits_for.items():
+            _check_bits(f"bits-for {pattern!r}", bits)
+        _check_choice("method", self.method, ("auto", *SOLVERS))
+        _check_choice("format", self.format, ("auto", *FORMATS))
+        _check_choice("target", self.target, tuple(TARGETS))
+        if self.format != "auto" and FORMATS[self.format].integer_activations != (self.activation_bits is not None):
+            wanted = "integer" if FORMATS[self.format].integer_activations else "float"
+            raise OptionError(f"format {self.format!r} stores {wanted} activations; change --format or --activation-bits")
+        if self.samples < 1:
+            raise OptionError(f"samples is {self.samples}; it must be at least 1")
+        if self.jobs is not None and self.jobs < 1:
+            raise OptionError(f"jobs is {self.jobs}; it must be at least 1")
+        if (self.input_mean is None) != (self.input_std is None):
+            raise OptionError("input-mean and input-std go together; give both or neither")
+        if self.input_mean is not None and self.input_range is not None:
+            raise OptionError("input-range excludes input-mean and input-std; give one of them")
+        if self.input_std is not None and min(self.input_std) <= 0:
+            raise OptionError(f"input-std is {self.input_std}; every value must be positive")
+        if self.input_range is not None and self.input_range[0] >= self.input_range[1]:
+            raise OptionError(f"input-range is {self.input_range}; the first value must be below the second")
+
+    @property
+    def stored_format(self) -> str:
+        """The format after `auto` is resolved: integer kernels with activations, else free at inference."""
+        if self.format != "auto":
+            return self.format
+        return "folded" if self.activation_bits is None else "qdq"
+
+    @property
+    def bits_name(self) -> str:
+        """For file names: w6a6, w4a8, w8."""
+        return f"w{self.weight_bits}" + ("" if self.activation_bits is None else f"a{self.activation_bits}")
+
+    @property
+    def keeps_first_last(self) -> bool:
+        if self.keep_first_last is not None:
+            return self.keep_first_last
+        return min(self.weight_bits, self.activation_bits or 8) < 8
+
+    @property
+    def source(self) -> str:
+        """The key of SOURCES that `activations_from` means."""
+        return self.activations_from if self.activations_from in SOURCES else "data"
+
+    def to_dict(self) -> dict[str, Any]:
+        """Every option that is not at its default, and the bits, for the report and the provenance.
+
+        How many jobs ran is left out: it must not change the file.
+        """
+        default, named = Config(), asdict(self)
+        always = {"weight_bits", "activation_bits"}
+        changed = {f.name for f in fields(self) if getattr(self, f.name) != getattr(default, f.name)}
+        return {name: value for name, value in named.items() if name in (changed | always) - {"jobs"}}
+
+
+def _check_bits(name: str, bits: int | None) -> None:
+    if bits is not None and bits not in BITS:
+        raise OptionError(f"{name} is {bits}; it must be {BITS.start} to {BITS.stop - 1}")
+
+
+def _check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:
+    if value not in choices:
+        raise OptionError(f"{name} is {value!r}; it must be one of {', '.join(choices)}")

@@ -1,0 +1,106 @@
+"""Standard QuantizeLinear / DequantizeLinear pairs that onnxruntime turns into integer kernels.
+
+    x -> Q -> [Clip] -> DQ -> Conv(DQ(codes), DQ(int32 bias)) -> activation -> Q -> [Clip] -> DQ -> ...
+
+The rules are those of onnxruntime's QDQ selectors (read at 1.17 to 1.32): weights int8 with zero point 0 and one scale
+per output channel, bias int32 with scale x_scale * w_scale, scalar activation grids. Below 8 bits QuantizeLinear alone
+would saturate at 255, so an integer Clip stands behind it (QCDQ): the Conv still fuses with its QuantizeLinear.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+import onnx
+
+from onnx_lwdf.emit.stored import Stored
+from onnx_lwdf.graph import Graph
+from onnx_lwdf.layers import set_bias
+from onnx_lwdf.ranges import ActivationGrid
+from onnx_lwdf.sites import Site, clip_bounds
+
+
+def emit(
+    graph: Graph, layers: Sequence[Stored], sites: Sequence[Site], grids: Mapping[str, ActivationGrid], signed: bool
+) -> None:
+    """Write the layers' weights as codes behind DequantizeLinear, and Q-DQ pairs at every tensor of the sites."""
+    for stored in layers:
+        _weight(graph, stored)
+        _bias(graph, stored)
+    for site in sites:
+        grid = grids[site.tensors[0]]
+        _free_activation(graph, site.tensors[0], grid)
+        for tensor in site.tensors:
+            _quantize(graph, tensor, grid, signed)
+
+
+def _weight(graph: Graph, stored: Stored) -> None:
+    stem = stored.layer.weight
+    codes = graph.add_constant(f"{stem}.codes", stored.codes)
+    scale = graph.add_constant(f"{stem}.scale", stored.scale)
+    zero = graph.add_constant(f"{stem}.zero_point", np.zeros(stored.scale.shape, np.int8))
+    weight = graph.add("DequantizeLinear", [codes, scale, zero], f"{stem}.stored", axis=stored.axis)
+    graph.connect(stored.layer.node, 1, weight)
+
+
+def _bias(graph: Graph, stored: Stored) -> None:
+    """int32 where the layer itself holds it (older onnxruntime does not fuse a float one), float in an Add."""
+    node = stored.layer.node
+    if stored.layer.bias is None:
+        return
+    if stored.layer.op == "MatMul" or stored.grid is None:
+        set_bias(graph, stored.layer, stored.bias)
+        return
+    scale = (np.float32(stored.grid.scale) * stored.scale).astype(np.float32)
+    codes = np.rint(stored.bias / scale.astype(np.float64))
+    limit = np.iinfo(np.int32).max
+    stem = f"{stored.layer.weight}.bias"
+    inputs = [
+        graph.add_constant(f"{stem}.codes", np.clip(codes, -limit, limit).astype(np.int32)),
+        graph.add_constant(f"{stem}.scale", scale),
+        graph.add_constant(f"{stem}.zero_point", np.zeros(scale.shape, np.int32)),
+    ]
+    bias = graph.add("DequantizeLinear", inputs, f"{stem}.stored", axis=0)
+    while len(node.input) <= 2:
+        node.input.append("")
+    graph.connect(node, 2, bias)
+
+
+def _free_activation(graph: Graph, tensor: str, grid: ActivationGrid) -> None:
+    """Below 8 bits: a Clip that the integer Clip makes redundant becomes a Relu, which onnxruntime fuses.
+
+    QuantizeLinear saturates at code 255, beyond the Clip's own bound, so onnxruntime would keep the float Clip apart.
+    """
+    node = graph.producer.get(tensor)
+    if node is None or node.op_type != "Clip" or grid.bits == 8 or grid.zero_point != 0:
+        return
+    low, high = clip_bounds(graph, node) or (None, None)
+    if low == 0 and high is not None and grid.scale * grid.levels <= high:
+        name, source, doc = node.name, node.input[0], node.doc_string
+        node.Clear()
+        node.CopyFrom(onnx.helper.make_node("Relu", [source], [tensor], name=name, doc_string=doc))
+
+
+def _quantize(graph: Graph, tensor: str, grid: ActivationGrid, signed: bool) -> None:
+    """All readers of the tensor read it through Q, Clip below 8 bits, and DQ; so does the output it may be."""
+    readers = list(graph.consumers[tensor])
+    source = tensor
+    if tensor in graph.outputs:
+        source = graph.move_output(tensor)
+    offset = 2 ** (grid.bits - 1) if signed else 0
+    kind = np.int8 if signed else np.uint8
+    scale = graph.add_constant(f"{tensor}.scale", np.float32(grid.scale))
+    zero = graph.add_constant(f"{tensor}.zero_point", kind(grid.zero_point - offset))
+    codes = graph.add("QuantizeLinear", [source, scale, zero], f"{tensor}.codes")
+    if grid.bits < 8:
+        least = graph.add_constant(f"{tensor}.least", kind(-offset))
+        most = graph.add_constant(f"{tensor}.most", kind(grid.levels - offset))
+        codes = graph.add("Clip", [codes, least, most], f"{tensor}.clipped")
+    stored = graph.add("DequantizeLinear", [codes, scale, zero], f"{tensor}.stored")
+    if source != tensor:
+        stored = graph.rename(stored, tensor)
+    for reader in readers:
+        for index, name in enumerate(reader.input):
+            if name == tensor:
+                graph.connect(reader, index, stored)

@@ -1,0 +1,289 @@
+"""An index over a ModelProto and in-place edits of it.
+
+onnx-graphsurgeon folds constants (their values are only read here); the ModelProto itself is edited in place, because
+a round trip through graphsurgeon drops metadata, doc strings and quantization annotations.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections import defaultdict
+from collections.abc import Iterable, Iterator
+
+import numpy as np
+import onnx
+import onnx_graphsurgeon as gs
+from onnx import numpy_helper
+from onnx_graphsurgeon.logger import G_LOGGER
+
+from onnx_lwdf.runtime import Array, quiet_sessions
+
+log = logging.getLogger(__name__)
+
+
+class Graph:
+    """The top graph of a model with who makes and who reads each tensor.
+
+    Nodes are held in `nodes`; `commit()` writes them back to the model in topological order and drops what no longer
+    leads to an output.
+    """
+
+    def __init__(self, model: onnx.ModelProto) -> None:
+        self.model = model
+        self.nodes: list[onnx.NodeProto] = list(model.graph.node)
+        self.initializers: dict[str, onnx.TensorProto] = {t.name: t for t in model.graph.initializer}
+        self.inputs = [v.name for v in model.graph.input if v.name not in self.initializers]
+        self.outputs = [v.name for v in model.graph.output]
+        self._values: dict[str, Array] = {}
+        self._folded: dict[str, Array] | None = None
+        self.reindex()
+
+    @property
+    def opset(self) -> int:
+        """The version of the default operator set."""
+        return next((o.version for o in self.model.opset_import if o.domain in ("", "ai.onnx")), 1)
+
+    def reindex(self) -> None:
+        """Rebuild the index after edits of `nodes` or their inputs and outputs."""
+        self.producer: dict[str, onnx.NodeProto] = {}
+        self.consumers: dict[str, list[onnx.NodeProto]] = defaultdict(list)
+        self.captured: set[str] = set()  # names that a subgraph (If, Loop, Scan) reads from outside
+        for node in self.nodes:
+            for name in node.output:
+                if name:
+                    self.producer[name] = node
+            for name in dict.fromkeys(node.input):
+                if name:
+                    self.consumers[name].append(node)
+            self.captured.update(_captured(node))
+        self._names = {
+            *self.producer,
+            *self.consumers,
+            *self.initializers,
+            *self.inputs,
+            *self.captured,
+            *(node.name for node in self.nodes),
+        }
+
+    def sole_consumer(self, tensor: str) -> onnx.NodeProto | None:
+        """The only node that reads the tensor, None where it is an output, is captured, or has several readers."""
+        readers = self.consumers.get(tensor, [])
+        if len(readers) != 1 or tensor in self.outputs or tensor in self.captured:
+            return None
+        return readers[0]
+
+    def constant(self, tensor: str) -> Array | None:
+        """The tensor's value where it is known: an initializer, a Constant, or folded from such. Read only."""
+        if tensor in self._values:
+            return self._values[tensor]
+        value = self._read_constant(tensor)
+        if value is not None:
+            value.flags.writeable = False
+            self._values[tensor] = value
+        return value
+
+    def _read_constant(self, tensor: str) -> Array | None:
+        if tensor in self.initializers:
+            return np.array(numpy_helper.to_array(self.initializers[tensor]))
+        node = self.producer.get(tensor)
+        if node is None:
+            return None
+        if node.op_type == "Constant":
+            return _constant_value(node)
+        if node.op_type == "Identity":
+            value = self.constant(node.input[0])
+            return None if value is None else np.array(value)
+        if self._folded is None:
+            self._folded = _fold(self.model)
+        value = self._folded.get(tensor)
+        return None if value is None else np.array(value)
+
+    def unique(self, stem: str) -> str:
+        """A tensor or node name that is not in use, and is from now on."""
+        name, count = stem, 1
+        while name in self._names:
+            name, count = f"{stem}_{count}", count + 1
+        self._names.add(name)
+        return name
+
+    def add_constant(self, stem: str, value: Array) -> str:
+        """A new initializer under a fresh name; its name."""
+        name = self.unique(stem)
+        self._store(name, value)
+        return name
+
+    def set_input(self, node: onnx.NodeProto, index: int, value: Array, stem: str) -> None:
+        """Make the node's input a constant of this value: its own initializer is overwritten, a shared one is not."""
+        while len(node.input) <= index:
+            node.input.append("")
+        name = node.input[index]
+        own = name in self.initializers and self.sole_consumer(name) is node and list(node.input).count(name) == 1
+        if own:
+            self._store(name, value)
+            return
+        self.connect(node, index, self.add_constant(stem, value))
+
+    def connect(self, node: onnx.NodeProto, index: int, tensor: str) -> None:
+        """Let the node read this tensor at this input."""
+        old = node.input[index]
+        node.input[index] = tensor
+        if old and old not in node.input:
+            self.consumers[old] = [reader for reader in self.consumers[old] if reader is not node]
+        if all(reader is not node for reader in self.consumers[tensor]):
+            self.consumers[tensor].append(node)
+
+    def _store(self, name: str, value: Array) -> None:
+        proto = numpy_helper.from_array(np.asarray(value, order="C"), name)
+        if name in self.initializers:
+            doc = self.initializers[name].doc_string
+            self.initializers[name].CopyFrom(proto)
+            self.initializers[name].doc_string = doc
+        else:
+            self.initializers[name] = proto
+        self._values.pop(name, None)
+
+    def add(self, op: str, inputs: Iterable[str], stem: str, **attributes: object) -> str:
+        """Append a node with one output of a fresh name; the output's name."""
+        output = self.unique(stem)
+        node = onnx.helper.make_node(op, list(inputs), [output], name=self.unique(f"{stem}/{op}"), **attributes)
+        self.nodes.append(node)
+        self.producer[output] = node
+        for name in dict.fromkeys(node.input):
+            if name:
+                self.consumers[name].append(node)
+        return output
+
+    def remove(self, node: onnx.NodeProto) -> None:
+        """Take a node out; who reads its outputs must have been rewired before."""
+        self.nodes = [other for other in self.nodes if other is not node]
+        for name in node.input:
+            self.consumers[name] = [reader for reader in self.consumers[name] if reader is not node]
+        for name in node.output:
+            if self.producer.get(name) is node:
+                del self.producer[name]
+
+    def move_output(self, tensor: str) -> str:
+        """Give an output of the model a fresh inner name at its producer, so that its name is free; the inner name."""
+        inner = self.unique(f"{tensor}.float")
+        node = self.producer.pop(tensor)
+        node.output[list(node.output).index(tensor)] = inner
+        self.producer[inner] = node
+        return inner
+
+    def rename(self, tensor: str, name: str) -> str:
+        """Let a tensor that nothing reads yet bear this free name."""
+        node = self.producer.pop(tensor)
+        node.output[list(node.output).index(tensor)] = name
+        self.producer[name] = node
+        return name
+
+    def merge_into(self, node: onnx.NodeProto, follower: onnx.NodeProto) -> None:
+        """The node takes over the single output of its only reader, which goes away; the output's name survives."""
+        self.remove(follower)
+        self.producer.pop(node.output[0], None)
+        node.output[0] = follower.output[0]
+        self.producer[node.output[0]] = node
+
+    def commit(self) -> None:
+        """Write the edits to the model: nodes sorted, what became useless dropped."""
+        live = self._live()
+        nodes = _sorted([node for node in self.nodes if id(node) in live])
+        protos = [onnx.NodeProto.FromString(node.SerializeToString()) for node in nodes]
+        used = {name for node in nodes for name in (*node.input, *_captured(node))} | set(self.outputs)
+        tensors = [onnx.TensorProto.FromString(t.SerializeToString()) for n, t in self.initializers.items() if n in used]
+        graph = self.model.graph
+        del graph.node[:], graph.initializer[:]
+        graph.node.extend(protos)
+        graph.initializer.extend(tensors)
+        made = {name for node in nodes for name in node.output} | {t.name for t in tensors} | set(self.inputs)
+        kept = [info for info in graph.value_info if info.name in made]
+        if len(kept) != len(graph.value_info):
+            copies = [onnx.ValueInfoProto.FromString(info.SerializeToString()) for info in kept]
+            del graph.value_info[:]
+            graph.value_info.extend(copies)
+        self.__init__(self.model)  # type: ignore[misc]  # the same state, read anew from the written model
+
+    def _live(self) -> set[int]:
+        """ids of the nodes that an output depends on."""
+        live: set[int] = set()
+        wanted = [*self.outputs]
+        while wanted:
+            node = self.producer.get(wanted.pop())
+            if node is None or id(node) in live:
+                continue
+            live.add(id(node))
+            wanted.extend(name for name in (*node.input, *_captured(node)) if name)
+        return live
+
+
+def node_name(node: onnx.NodeProto) -> str:
+    """The node's name, or one made of its operator and output where it has none."""
+    return node.name or f"{node.op_type}:{node.output[0]}"
+
+
+def attribute(node: onnx.NodeProto, name: str, default: object = None) -> object:
+    """The attribute's value, or the default."""
+    for item in node.attribute:
+        if item.name == name:
+            value = onnx.helper.get_attribute_value(item)
+            return value.decode() if isinstance(value, bytes) else value
+    return default
+
+
+def subgraphs(node: onnx.NodeProto) -> Iterator[onnx.GraphProto]:
+    """The graphs in a node's attributes (If, Loop, Scan)."""
+    for item in node.attribute:
+        if item.type == onnx.AttributeProto.GRAPH:
+            yield item.g
+        yield from item.graphs
+
+
+def _captured(node: onnx.NodeProto) -> set[str]:
+    names: set[str] = set()
+    for graph in subgraphs(node):
+        for inner in graph.node:
+            names.update(inner.input)
+            names |= _captured(inner)
+        names.update(value.name for value in graph.output)
+    return names
+
+
+def _constant_value(node: onnx.NodeProto) -> Array | None:
+    for name in ("value", "value_float", "value_floats", "value_int", "value_ints"):
+        value = attribute(node, name)
+        if isinstance(value, onnx.TensorProto):
+            return np.array(numpy_helper.to_array(value))
+        if value is not None:
+            return np.array(value, np.float32 if "float" in name else np.int64)
+    return None
+
+
+def _sorted(nodes: list[onnx.NodeProto]) -> list[onnx.NodeProto]:
+    """Stable topological order: a node is placed once its producers are."""
+    producer = {name: node for node in nodes for name in node.output if name}
+    placed: dict[int, onnx.NodeProto] = {}
+    for root in nodes:
+        stack = [(root, False)]
+        while stack:
+            node, ready = stack.pop()
+            if id(node) in placed:
+                continue
+            if ready:
+                placed[id(node)] = node
+                continue
+            stack.append((node, True))
+            sources = (producer.get(name) for name in (*node.input, *sorted(_captured(node))))
+            stack.extend((source, False) for source in sources if source is not None and id(source) not in placed)
+    return list(placed.values())
+
+
+def _fold(model: onnx.ModelProto) -> dict[str, Array]:
+    """Values of all tensors that depend on constants alone, by onnx-graphsurgeon; empty where it cannot read the model."""
+    G_LOGGER.severity = G_LOGGER.CRITICAL
+    try:
+        with quiet_sessions():
+            folded = gs.import_onnx(model).fold_constants(size_threshold=2**28)
+        return {name: t.values for name, t in folded.tensors().items() if isinstance(t, gs.Constant)}
+    except Exception as error:  # graphsurgeon raises whatever its parts raise
+        log.debug("constants behind operators stay unknown: %s", error)
+        return {}

@@ -1,0 +1,283 @@
+"""The weighted layers of a graph: what is compressed, and what is left alone with its reason.
+
+A layer computes y = W x + b. Its weight has one canonical form, `[groups, out, in]` with `in` ordered (kernel position,
+channel), the order in which onnxruntime's integer kernels flatten a filter:
+
+    Conv            [out, in/groups, *kernel]        -> [groups, out/groups, kernel * in/groups]
+    ConvTranspose   [in, out/groups, *kernel]        -> [groups, out/groups, kernel * in/groups]
+    Gemm, MatMul    [in, out] (or [out, in], transB) -> [1, out, in]
+"""
+
+from __future__ import annotations
+
+import fnmatch
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
+
+import numpy as np
+import onnx
+
+from onnx_lwdf.graph import Graph, attribute, node_name, subgraphs
+from onnx_lwdf.runtime import Array
+
+WEIGHTED = ("Conv", "ConvTranspose", "Gemm", "MatMul")
+
+
+@dataclass(frozen=True, slots=True)
+class Window:
+    """How a convolution's kernel walks over its input, one value per spatial axis."""
+
+    kernel: tuple[int, ...]
+    strides: tuple[int, ...]
+    dilations: tuple[int, ...]
+    pads: tuple[int, ...] | None  # begins, then ends; None where auto_pad decides from the input's size
+    auto_pad: str
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Layer:
+    """One weighted node."""
+
+    name: str
+    op: str
+    node: onnx.NodeProto
+    groups: int
+    transposed: bool  # Gemm: transB
+    window: Window | None  # None for Gemm and MatMul
+    bias: tuple[onnx.NodeProto, int] | None  # the node and input that hold the bias; None where a bias has no place
+
+    @property
+    def input(self) -> str:
+        return self.node.input[0]
+
+    @property
+    def weight(self) -> str:
+        """The name of the weight tensor."""
+        return self.node.input[1]
+
+    @property
+    def output(self) -> str:
+        """The tensor that holds W x + b."""
+        node = self.bias[0] if self.bias else self.node
+        return node.output[0]
+
+
+@dataclass(frozen=True, slots=True)
+class Bits:
+    """Bits of a layer's weight and of its input; None: the input stays float."""
+
+    weight: int
+    activation: int | None
+
+
+@dataclass(frozen=True, slots=True)
+class Skipped:
+    """A weighted node that stays as it is."""
+
+    name: str
+    op: str
+    shape: tuple[int, ...]
+    reason: str
+
+
+def find_layers(graph: Graph, exclude: Iterable[str] = ()) -> tuple[list[Layer], list[Skipped]]:
+    """Every Conv, ConvTranspose, Gemm and MatMul once, in graph order, names made unique."""
+    layers: list[Layer] = []
+    skipped: list[Skipped] = []
+    seen: dict[str, int] = {}
+    for node in graph.nodes:
+        skipped.extend(_inner(node))
+        if node.op_type not in WEIGHTED or node.domain not in ("", "ai.onnx"):
+            continue
+        name = node_name(node)
+        seen[name] = seen.get(name, 0) + 1
+        name = name if seen[name] == 1 else f"{name}#{seen[name]}"
+        reason = _refusal(graph, node)
+        if reason is None and any(matches(pattern, name, node.op_type) for pattern in exclude):
+            reason = "excluded"
+        if reason is None:
+            layers.append(replace(_layer(graph, node), name=name))
+        else:
+            skipped.append(Skipped(name, node.op_type, _shape(graph, node), reason))
+    skipped.extend(_in_functions(graph.model))
+    return layers, skipped
+
+
+def matches(pattern: str, name: str, op: str) -> bool:
+    """Whether a glob names this node, by its name or by its op type."""
+    return fnmatch.fnmatchcase(name, pattern) or fnmatch.fnmatchcase(op, pattern)
+
+
+def weight_of(graph: Graph, layer: Layer) -> Array:
+    """The layer's weight in canonical form, float64 [groups, out, in]."""
+    value = graph.constant(layer.weight)
+    assert value is not None, layer.name
+    return to_canonical(layer, value.astype(np.float64))
+
+
+def bias_of(graph: Graph, layer: Layer) -> Array:
+    """The layer's bias, float64 [out of all groups]; zeros where it has none."""
+    out = output_channels(graph, layer)
+    if layer.bias is None:
+        return np.zeros(out)
+    node, index = layer.bias
+    value = graph.constant(node.input[index]) if index < len(node.input) and node.input[index] else None
+    return np.zeros(out) if value is None else np.broadcast_to(value.astype(np.float64).ravel(), (out,)).copy()
+
+
+def set_weight(graph: Graph, layer: Layer, weight: Array) -> None:
+    """Store a canonical weight in the layer's own place, in the dtype it had."""
+    old = graph.constant(layer.weight)
+    assert old is not None, layer.name
+    graph.set_input(layer.node, 1, from_canonical(layer, weight, old.shape).astype(old.dtype), layer.weight)
+
+
+def set_bias(graph: Graph, layer: Layer, bias: Array) -> None:
+    """Store the bias, float32, where the layer has a place for one."""
+    if layer.bias is None:
+        return
+    node, index = layer.bias
+    name = node.input[index] if index < len(node.input) else ""
+    old = graph.constant(name) if name else None
+    shaped = bias.astype(np.float32) if old is None or old.size != bias.size else bias.reshape(old.shape).astype(old.dtype)
+    graph.set_input(node, index, shaped, name or f"{layer.name}.bias")
+
+
+def output_channels(graph: Graph, layer: Layer) -> int:
+    value = graph.constant(layer.weight)
+    assert value is not None, layer.name
+    return output_axis_size(layer, value.shape)
+
+
+def output_axis(layer: Layer) -> int:
+    """The axis of the stored weight along which output channels run."""
+    if layer.op == "Conv" or (layer.op == "Gemm" and layer.transposed):
+        return 0
+    return 1
+
+
+def output_axis_size(layer: Layer, shape: tuple[int, ...]) -> int:
+    return shape[output_axis(layer)] * (layer.groups if layer.op == "ConvTranspose" else 1)
+
+
+def to_canonical(layer: Layer, stored: Array) -> Array:
+    """The stored weight as [groups, out, in]; the table is in the module's docstring."""
+    g = layer.groups
+    if layer.op == "Conv":  # [out, in, *kernel]
+        grouped = stored.reshape(g, stored.shape[0] // g, stored.shape[1], -1)  # [g, out, in, kernel]
+        return np.ascontiguousarray(grouped.transpose(0, 1, 3, 2).reshape(g, grouped.shape[1], -1))
+    if layer.op == "ConvTranspose":  # [in, out, *kernel]
+        grouped = stored.reshape(g, stored.shape[0] // g, stored.shape[1], -1)  # [g, in, out, kernel]
+        return np.ascontiguousarray(grouped.transpose(0, 2, 3, 1).reshape(g, grouped.shape[2], -1))
+    return np.ascontiguousarray(stored if layer.transposed else stored.T)[None]
+
+
+def from_canonical(layer: Layer, weight: Array, shape: tuple[int, ...]) -> Array:
+    """Inverse of `to_canonical`; `shape` is that of the stored weight."""
+    g, kernel = layer.groups, math.prod(shape[2:])
+    if layer.op == "Conv":
+        grouped = weight.reshape(g, shape[0] // g, kernel, shape[1])
+        return np.ascontiguousarray(grouped.transpose(0, 1, 3, 2).reshape(shape))
+    if layer.op == "ConvTranspose":
+        grouped = weight.reshape(g, shape[1], kernel, shape[0] // g)
+        return np.ascontiguousarray(grouped.transpose(0, 3, 1, 2).reshape(shape))
+    return np.ascontiguousarray(weight[0] if layer.transposed else weight[0].T)
+
+
+def _layer(graph: Graph, node: onnx.NodeProto) -> Layer:
+    value = graph.constant(node.input[1])
+    assert value is not None, node.name
+    convolution = node.op_type in ("Conv", "ConvTranspose")
+    return Layer(
+        name=node_name(node),
+        op=node.op_type,
+        node=node,
+        groups=int(attribute(node, "group", 1)) if convolution else 1,  # type: ignore[call-overload]
+        transposed=node.op_type == "Gemm" and bool(attribute(node, "transB", 0)),
+        window=_window(node, value.shape) if convolution else None,
+        bias=_bias_place(graph, node),
+    )
+
+
+def _window(node: onnx.NodeProto, shape: tuple[int, ...]) -> Window:
+    rank = len(shape) - 2
+    auto_pad = str(attribute(node, "auto_pad", "NOTSET"))
+    pads = {"NOTSET": attribute(node, "pads", [0] * 2 * rank), "VALID": [0] * 2 * rank}.get(auto_pad)
+    return Window(
+        kernel=shape[2:],
+        strides=tuple(attribute(node, "strides", [1] * rank)),  # type: ignore[call-overload]
+        dilations=tuple(attribute(node, "dilations", [1] * rank)),  # type: ignore[call-overload]
+        pads=None if pads is None else tuple(pads),  # type: ignore[arg-type]
+        auto_pad=auto_pad,
+    )
+
+
+def _bias_place(graph: Graph, node: onnx.NodeProto) -> tuple[onnx.NodeProto, int] | None:
+    """Conv and Gemm hold their bias themselves; a MatMul's bias is the constant of the Add behind it."""
+    if node.op_type != "MatMul":
+        return node, 2
+    value, follower = graph.constant(node.input[1]), graph.sole_consumer(node.output[0])
+    if follower is None or follower.op_type != "Add" or value is None:
+        return None
+    index = 1 - list(follower.input).index(node.output[0])
+    bias = graph.constant(follower.input[index])
+    if bias is None or bias.size != value.shape[1] or bias.shape[-1:] != (value.shape[1],):
+        return None
+    return follower, index
+
+
+def _refusal(graph: Graph, node: onnx.NodeProto) -> str | None:
+    """Why the node cannot be compressed, None where it can."""
+    weight = graph.constant(node.input[1])
+    if weight is None:
+        if node.op_type == "MatMul" and graph.constant(node.input[0]) is not None:
+            return "the constant is on the left side"
+        return "the weight is not constant"
+    if node.input[1] in graph.outputs:
+        return "the weight is an output of the model"
+    if weight.dtype != np.float32:
+        return f"the weight is {weight.dtype}, not float32"
+    if weight.size == 0:
+        return "the weight is empty"
+    if node.op_type == "MatMul" and weight.ndim != 2:
+        return f"the weight has {weight.ndim} dimensions, not 2"
+    if node.op_type == "Gemm":
+        return _gemm_refusal(graph, node)
+    bias = node.input[2] if len(node.input) > 2 else ""
+    return "the bias is not constant" if bias and graph.constant(bias) is None else None
+
+
+def _gemm_refusal(graph: Graph, node: onnx.NodeProto) -> str | None:
+    if attribute(node, "transA", 0):
+        return "the input is transposed (transA)"
+    if attribute(node, "alpha", 1.0) != 1.0 or attribute(node, "beta", 1.0) != 1.0:
+        return "alpha or beta is not 1"
+    bias = node.input[2] if len(node.input) > 2 else ""
+    if not bias:
+        return None
+    value = graph.constant(bias)
+    if value is None:
+        return "the bias is not constant"
+    return "the bias differs by row" if value.ndim > 1 and value.shape[0] != 1 else None
+
+
+def _shape(graph: Graph, node: onnx.NodeProto) -> tuple[int, ...]:
+    value = graph.constant(node.input[1])
+    return () if value is None else value.shape
+
+
+def _inner(node: onnx.NodeProto) -> Iterable[Skipped]:
+    for inner_graph in subgraphs(node):
+        for inner in inner_graph.node:
+            if inner.op_type in WEIGHTED:
+                yield Skipped(f"{node_name(node)}/{node_name(inner)}", inner.op_type, (), f"inside a {node.op_type}")
+            yield from _inner(inner)
+
+
+def _in_functions(model: onnx.ModelProto) -> Iterable[Skipped]:
+    for function in model.functions:
+        for inner in function.node:
+            if inner.op_type in WEIGHTED:
+                name = f"{function.name}/{node_name(inner)}"
+                yield Skipped(name, inner.op_type, (), f"inside the local function {function.name}")

@@ -1,0 +1,164 @@
+"""Layer by layer, independently: from samples of a layer's input to its stored weight and bias.
+
+Activations first: every site gets its grid. Then each layer is one problem in arrays: its weight W and H = E[x x^T] of
+its float inputs. Layers do not wait for each other. The bias takes up the mean error that remains,
+
+    b' = b + E[W x] - E[V q(x)],
+
+V the stored weight and q the grid of the input.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+
+import numpy as np
+from threadpoolctl import threadpool_limits
+
+from onnx_lwdf.activations.inputs import InputSpec
+from onnx_lwdf.activations.taps import Samples
+from onnx_lwdf.config import TARGETS, Config
+from onnx_lwdf.graph import Graph
+from onnx_lwdf.layers import Bits, Layer, bias_of, weight_of
+from onnx_lwdf.ranges import ActivationGrid, grid_for, search_grid
+from onnx_lwdf.sites import Site
+from onnx_lwdf.solvers import SOLVERS
+from onnx_lwdf.solvers.bias import mean_correction
+from onnx_lwdf.solvers.problem import LayerProblem, LayerSolution
+
+F64 = np.ndarray[tuple[int, ...], np.dtype[np.float64]]
+
+AUTO_METHOD = "gptq"
+PAIR_LIMIT = 128  # 255 * 128 = 32640 < 32767, the sum of two products in vpmaddubsw
+LARGEST_BIAS = 2.0**30  # codes of an int32 bias, with room for rounding
+VALUES_PER_SITE = 2**14
+
+
+@dataclass(frozen=True, slots=True)
+class Solved:
+    """A layer's answer."""
+
+    layer: Layer
+    bits: Bits
+    method: str
+    solution: LayerSolution
+    bias: F64  # [out of all groups]
+    grid: ActivationGrid | None  # of its input
+
+
+def choose_grids(
+    graph: Graph,
+    layers: Sequence[Layer],
+    sites: Sequence[Site],
+    samples: Samples,
+    inputs: Sequence[InputSpec],
+    config: Config,
+) -> dict[str, ActivationGrid]:
+    """Tensor name -> grid; all tensors of a site share one."""
+    symmetric = TARGETS[config.target].symmetric_activations
+    ranges = {spec.name: spec.normalization.range for spec in inputs if spec.normalization is not None}
+    grids: dict[str, ActivationGrid] = {}
+    for site in sites:
+        if site.tensors[0] in ranges:  # an input may hold any pixel, whatever the samples hold
+            grid = grid_for(*ranges[site.tensors[0]], site.bits, symmetric)
+        else:
+            readers = [layer for layer in layers if layer.input in site.tensors]
+            values, weights = _weighted_values(graph, readers, site, samples)
+            grid = search_grid(values, weights, site.bits, site.low, site.high, symmetric)
+        grids.update(dict.fromkeys(site.tensors, grid))
+    return grids
+
+
+def _weighted_values(graph: Graph, readers: Sequence[Layer], site: Site, samples: Samples) -> tuple[F64, F64]:
+    """Samples of the site's values, weighted by how strongly the layers that read them depend on each."""
+    if not readers:
+        values = samples.values[site.tensors[0]].astype(np.float64)
+        return values, np.ones_like(values)
+    parts, weights = [], []
+    for layer in readers:
+        patches = samples.patches[layer.name]  # [groups, in, positions]
+        groups, rows, positions = patches.shape
+        step = max(1, groups * rows * positions // VALUES_PER_SITE)
+        energy = _input_energy(weight_of(graph, layer), rows)  # [groups, in]
+        parts.append(patches[..., :: min(step, positions)].astype(np.float64).ravel())
+        weights.append(np.repeat(energy.ravel(), parts[-1].size // energy.size))
+    return np.concatenate(parts), np.concatenate(weights)
+
+
+def _input_energy(weight: F64, rows: int) -> F64:
+    """[groups, in]: the squared weights that an error of this input meets; kernels of one row are summed."""
+    energy = (weight**2).sum(1)  # [groups, in]
+    return energy if energy.shape[1] == rows else energy.reshape(energy.shape[0], -1, rows).sum(1)
+
+
+def solve_layers(
+    graph: Graph,
+    layers: Sequence[Layer],
+    plan: Mapping[str, Bits],
+    grids: Mapping[str, ActivationGrid],
+    samples: Samples,
+    config: Config,
+) -> Iterator[Solved]:
+    """Every layer's answer, in order. Layers run in parallel; each on one thread, so that the bytes do not depend on it."""
+    weights = {layer.name: (weight_of(graph, layer), bias_of(graph, layer)) for layer in layers}
+    with threadpool_limits(limits=1), ThreadPoolExecutor(config.jobs) as pool:
+
+        def solve(layer: Layer) -> Solved:
+            grid = grids.get(layer.input) if plan[layer.name].activation is not None else None
+            return solve_layer(layer, *weights[layer.name], samples.patches[layer.name], grid, plan[layer.name], config)
+
+        try:
+            yield from pool.map(solve, layers)
+        except BaseException:
+            pool.shutdown(wait=False, cancel_futures=True)
+            raise
+
+
+def solve_layer(
+    layer: Layer, weight: F64, bias: F64, patches: np.ndarray, grid: ActivationGrid | None, bits: Bits, config: Config
+) -> Solved:
+    """One layer. weight [groups, out, in], bias [groups * out], patches [groups, in, positions]."""
+    x = patches.astype(np.float64)
+    mean = x.mean(-1)
+    stored_mean = mean if grid is None else grid.quantize(x).mean(-1)
+    kernel = math.prod(layer.window.kernel) if layer.window else 1
+    if layer.op == "ConvTranspose":
+        mean, stored_mean = np.tile(mean, (1, kernel)), np.tile(stored_mean, (1, kernel))
+    problem = LayerProblem(
+        weight=weight,
+        hessian=_hessian(layer, x),
+        bits=bits.weight,
+        scale_floor=_scale_floor(weight, bias, grid),
+        kernel=kernel,
+        pair_limit=_pair_limit(weight, kernel, bits.weight, grid, config),
+    )
+    method = AUTO_METHOD if config.method == "auto" else config.method
+    solution = SOLVERS[method](problem)
+    correction = mean_correction(weight, solution.weight, mean, stored_mean)  # [groups, out]
+    return Solved(layer, bits, method, solution, bias + correction.ravel(), grid)
+
+
+def _hessian(layer: Layer, x: F64) -> F64:
+    """E[x x^T], [groups, in, in]; of a transposed convolution the kernel's positions meet different inputs."""
+    hessian = x @ x.transpose(0, 2, 1) / x.shape[-1]
+    if layer.op != "ConvTranspose" or layer.window is None:
+        return hessian
+    return np.stack([np.kron(np.eye(math.prod(layer.window.kernel)), block) for block in hessian])
+
+
+def _scale_floor(weight: F64, bias: F64, grid: ActivationGrid | None) -> F64:
+    """[groups, out]: below this scale the int32 bias would overflow."""
+    groups, out, _ = weight.shape
+    if grid is None:
+        return np.zeros((groups, out))
+    return np.abs(bias).reshape(groups, out) / (grid.scale * LARGEST_BIAS)
+
+
+def _pair_limit(weight: F64, kernel: int, bits: int, grid: ActivationGrid | None, config: Config) -> int | None:
+    """Only 8-bit codes times 8-bit inputs can saturate, and onnxruntime's depthwise kernels do not."""
+    depthwise = weight.shape[0] > 1 and weight.shape[1:] == (1, kernel)
+    saturates = bits == 8 and grid is not None and grid.bits == 8 and not depthwise
+    return PAIR_LIMIT if saturates and TARGETS[config.target].pair_safe else None

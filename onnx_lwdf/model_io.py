@@ -1,0 +1,207 @@
+"""Read and write a ModelProto: external data, operator set and IR version, atomic save, provenance."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import tempfile
+from collections.abc import Mapping
+from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import onnx
+from google.protobuf.message import DecodeError
+from onnx import external_data_helper, version_converter
+
+from onnx_lwdf.errors import ModelError
+from onnx_lwdf.runtime import PROTOBUF_LIMIT_BYTES, first_line
+
+TOOL = "onnx-lwdf"
+PREFIX = "onnx_lwdf."  # of our keys in metadata_props
+OLDEST_OPSET = 7
+# The IR version that onnx 1.x released with an operator set; onnxruntime refuses a file whose IR is newer than itself.
+IR_OF_OPSET: Mapping[int, int] = {13: 7, 21: 10}
+
+
+@dataclass(frozen=True, slots=True)
+class Source:
+    """A model as it was read."""
+
+    model: onnx.ModelProto
+    path: Path | None
+    sha256: str  # of the file, or of the serialized ModelProto
+    size_bytes: int  # of the file and its external data
+    external: bool  # the weights came from other files
+
+
+def tool_version() -> str:
+    try:
+        return version(TOOL)
+    except PackageNotFoundError:  # a source tree that was never installed
+        return "0"
+
+
+def read(source: str | Path | onnx.ModelProto) -> Source:
+    """The model with its external data; ModelError where it is missing, not ONNX, truncated, or our own output."""
+    if isinstance(source, onnx.ModelProto):
+        model = onnx.ModelProto()
+        model.CopyFrom(source)
+        data = model.SerializeToString(deterministic=True)
+        result = Source(model, None, hashlib.sha256(data).hexdigest(), len(data), external=False)
+    else:
+        result = _read_file(Path(source))
+    _check(result.model, str(result.path or "the model"))
+    return result
+
+
+def _read_file(path: Path) -> Source:
+    if not path.exists():
+        raise ModelError(f"{path}: no such file; check the path")
+    if path.is_dir():
+        raise ModelError(f"{path}: is a folder; give the .onnx file in it")
+    try:
+        data = path.read_bytes()
+    except OSError as error:
+        raise ModelError(f"{path}: cannot be read: {error.strerror}") from error
+    model = onnx.ModelProto()
+    try:
+        model.ParseFromString(data)
+    except DecodeError as error:
+        raise ModelError(f"{path}: not an ONNX file, or truncated; export or download it again") from error
+    if not model.HasField("graph") or not model.graph.node:
+        raise ModelError(f"{path}: not an ONNX file, or one without a graph; export or download it again")
+    external = list(_external_files(model))
+    size = len(data)
+    if external:
+        try:
+            external_data_helper.load_external_data_for_model(model, str(path.parent))
+            size += sum((path.parent / name).stat().st_size for name in external)
+        except Exception as error:  # onnx raises its own checker errors beside OSError and ValueError
+            raise ModelError(f"{path}: its external data cannot be read: {first_line(error)}") from error
+    return Source(model, path, hashlib.sha256(data).hexdigest(), size, bool(external))
+
+
+def _external_files(model: onnx.ModelProto) -> dict[str, None]:
+    names: dict[str, None] = {}
+    for tensor in external_data_helper._get_all_tensors(model):
+        if external_data_helper.uses_external_data(tensor):
+            names[external_data_helper.ExternalDataInfo(tensor).location] = None
+    return names
+
+
+def _check(model: onnx.ModelProto, where: str) -> None:
+    keys = {item.key for item in model.metadata_props}
+    if f"{PREFIX}version" in keys:
+        raise ModelError(f"{where}: was already compressed by {TOOL}; give it the original model")
+    try:
+        onnx.checker.check_model(model)
+    except Exception as error:  # the checker raises ValidationError, and others on broken attributes
+        raise ModelError(f"{where}: is not a valid ONNX model: {first_line(error)}") from error
+
+
+def raise_opset(model: onnx.ModelProto, opset: int) -> tuple[onnx.ModelProto, str | None]:
+    """The model at this operator set at least, with a note where it had to be converted.
+
+    Raises ModelError where onnx cannot convert it.
+    """
+    current = next((o.version for o in model.opset_import if o.domain in ("", "ai.onnx")), 1)
+    if current >= opset:
+        return model, None
+    try:
+        converted = version_converter.convert_version(model, opset)
+    except Exception as error:  # the converter raises RuntimeError and others
+        raise ModelError(
+            f"opset {current} cannot be raised to {opset}, which integer activations need: {first_line(error)}; "
+            "export it with a newer opset, or use --activation-bits float"
+        ) from error
+    converted.ir_version = max(model.ir_version, IR_OF_OPSET[opset])
+    for name in ("producer_name", "producer_version", "domain", "model_version", "doc_string"):
+        setattr(converted, name, getattr(model, name))
+    del converted.metadata_props[:]
+    converted.metadata_props.extend(model.metadata_props)
+    return converted, f"opset raised from {current} to {opset}, which the format needs"
+
+
+def fix_initializers(model: onnx.ModelProto) -> str | None:
+    """Make initializers that are also inputs into constants; a note where that changes the model's inputs.
+
+    Before IR 4 every initializer had to be listed so; from IR 4 on it is a default that a caller may override, and
+    onnxruntime folds nothing into it.
+    """
+    weights = {tensor.name for tensor in model.graph.initializer}
+    listed = [value.name for value in model.graph.input if value.name in weights]
+    kept = [onnx.ValueInfoProto.FromString(v.SerializeToString()) for v in model.graph.input if v.name not in weights]
+    if listed:
+        del model.graph.input[:]
+        model.graph.input.extend(kept)
+    overridable = model.ir_version >= 4
+    model.ir_version = max(model.ir_version, 4)
+    return f"{len(listed)} overridable initializers became constants" if listed and overridable else None
+
+
+def add_provenance(model: onnx.ModelProto, source: Source, options: Mapping[str, Any]) -> None:
+    """Who made the file, from what, with which options; `--check` and a second run read it."""
+    entries = {"version": tool_version(), "source_sha256": source.sha256, "options": json.dumps(options, sort_keys=True)}
+    for key, value in entries.items():
+        model.metadata_props.add(key=PREFIX + key, value=value)
+
+
+def provenance(model: onnx.ModelProto) -> dict[str, str]:
+    """Our entries of the metadata, without the prefix; empty where the file is not ours."""
+    return {
+        item.key.removeprefix(PREFIX): item.value for item in model.metadata_props if item.key.startswith(PREFIX)
+    }
+
+
+def check_target(path: Path, source: Path | None, force: bool) -> None:
+    """ModelError where the output may not be written: it is the input, it exists, or its folder does not."""
+    if source is not None and path.exists() and source.exists() and path.samefile(source):
+        raise ModelError(f"{path}: is the input itself; give another --output")
+    if path.is_dir():
+        raise ModelError(f"{path}: is a folder; give a file name with --output")
+    if not path.parent.is_dir():
+        raise ModelError(f"{path.parent}: no such folder; create it first")
+    if path.exists() and not force:
+        raise ModelError(f"{path}: exists; give --force to replace it, or another --output")
+    if not os.access(path.parent, os.W_OK):
+        raise ModelError(f"{path.parent}: is not writable; give another --output")
+
+
+def write(model: onnx.ModelProto, path: Path, external: bool) -> int:
+    """Write the model beside the target and move it there in one step; the bytes written.
+
+    With external data the weights go to PATH.data. Raises ModelError where the disk or the folder refuses.
+    """
+    external = external or model.ByteSize() >= PROTOBUF_LIMIT_BYTES
+    try:
+        with tempfile.TemporaryDirectory(prefix=f".{path.name}.", dir=path.parent) as folder:
+            return _write_in(model, path, Path(folder), external)
+    except OSError as error:
+        raise ModelError(f"{path}: cannot be written: {error.strerror or error}") from error
+
+
+def _write_in(model: onnx.ModelProto, path: Path, folder: Path, external: bool) -> int:
+    staged, size = folder / path.name, 0
+    if external:
+        copy = onnx.ModelProto()
+        copy.CopyFrom(model)
+        weights = f"{path.name}.data"
+        onnx.save(copy, staged, save_as_external_data=True, location=weights, size_threshold=1024)
+        if (folder / weights).exists():
+            size = (folder / weights).stat().st_size
+            _settle(folder / weights, path.with_name(weights))
+    else:
+        staged.write_bytes(model.SerializeToString(deterministic=True))
+    size += staged.stat().st_size
+    _settle(staged, path)
+    return size
+
+
+def _settle(staged: Path, path: Path) -> None:
+    """Flush the staged file to the disk and move it over the target."""
+    with staged.open("rb+") as file:
+        os.fsync(file.fileno())
+    staged.replace(path)

@@ -1,0 +1,57 @@
+"""How many bits each layer gets, from what the user asked."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+from onnx_lwdf.config import Config
+from onnx_lwdf.errors import OptionError
+from onnx_lwdf.graph import Graph
+from onnx_lwdf.layers import WEIGHTED, Bits, Layer, Skipped, matches
+
+KEPT_BITS = 8
+
+
+def plan_bits(graph: Graph, layers: Sequence[Layer], skipped: Sequence[Skipped], config: Config) -> dict[str, Bits]:
+    """Layer name -> bits: a pattern's, else 8 for the first and last layer where they are kept, else the general ones.
+
+    Raises OptionError where a pattern of `bits_for` or `exclude` names no layer.
+    """
+    named = [(layer.name, layer.op) for layer in layers]
+    known = [*named, *((layer.name, layer.op) for layer in skipped)]
+    for option, patterns in (("bits-for", config.bits_for), ("exclude", config.exclude)):
+        for pattern in patterns:
+            if not any(matches(pattern, name, op) for name, op in known):
+                raise OptionError(f"{option} {pattern!r} matches no layer; --dry-run lists their names")
+    ends = first_and_last(graph) if config.keeps_first_last else set()
+    plan: dict[str, Bits] = {}
+    for layer in layers:
+        weight, activation = config.weight_bits, config.activation_bits
+        if layer.node.output[0] in ends:
+            weight, activation = KEPT_BITS, activation and KEPT_BITS
+        for pattern, bits in config.bits_for.items():
+            if matches(pattern, layer.name, layer.op):
+                weight, activation = bits, activation and bits
+        plan[layer.name] = Bits(weight, activation)
+    return plan
+
+
+def first_and_last(graph: Graph) -> set[str]:
+    """Outputs of the weighted nodes that have no weighted node before them, or none behind them."""
+    before = _reached(graph, forward=True)
+    behind = _reached(graph, forward=False)
+    weighted = [node.output[0] for node in graph.nodes if node.op_type in WEIGHTED]
+    return {output for output in weighted if not before[output] or not behind[output]}
+
+
+def _reached(graph: Graph, forward: bool) -> Mapping[str, bool]:
+    """Node's first output -> whether another weighted node lies before it (forward) or behind it."""
+    carried: dict[str, bool] = {}  # tensor -> a weighted node lies on its far side
+    result: dict[str, bool] = {}
+    for node in graph.nodes if forward else reversed(graph.nodes):
+        sources, targets = (node.input, node.output) if forward else (node.output, node.input)
+        found = any(carried.get(name, False) for name in sources)
+        result[node.output[0]] = found
+        for name in targets:
+            carried[name] = carried.get(name, False) or found or node.op_type in WEIGHTED
+    return result

@@ -1,0 +1,78 @@
+"""onnxruntime, entered through one door: a misspelled session argument would be swallowed silently."""
+
+from __future__ import annotations
+
+import contextlib
+import tempfile
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import onnx
+import onnxruntime as ort
+
+from onnx_lwdf.errors import ModelError
+
+PROTOBUF_LIMIT_BYTES = 2**31 - 2**20  # a ModelProto above 2 GiB does not serialize
+WARNINGS, ERRORS_ONLY = 2, 3  # onnxruntime's log levels; WARNINGS is its default
+
+Array = npt.NDArray[Any]
+
+
+def open_session(
+    model: onnx.ModelProto | Path,
+    *,
+    optimize: bool = True,
+    arena: bool = True,
+    optimized_path: Path | None = None,
+) -> ort.InferenceSession:
+    """A CPU session; ModelError with onnxruntime's own words where it refuses the model.
+
+    Without the arena, memory goes back after each tensor: for few runs on large batches it is smaller by a third and
+    faster (measured on onnxruntime 1.32).
+    """
+    options = ort.SessionOptions()
+    options.log_severity_level = ERRORS_ONLY
+    options.enable_cpu_mem_arena = options.enable_mem_pattern = arena
+    if not optimize:
+        options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
+    if optimized_path is not None:
+        options.optimized_model_filepath = str(optimized_path)
+    try:
+        if isinstance(model, Path):
+            return ort.InferenceSession(str(model), options, providers=["CPUExecutionProvider"])
+        if model.ByteSize() < PROTOBUF_LIMIT_BYTES:
+            return ort.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
+        with tempfile.TemporaryDirectory() as folder:
+            path = Path(folder) / "model.onnx"
+            copy = onnx.ModelProto()
+            copy.CopyFrom(model)
+            onnx.save(copy, path, save_as_external_data=True)
+            return ort.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+    except Exception as error:  # onnxruntime raises many unrelated pybind11 types
+        raise ModelError(f"onnxruntime cannot load the model: {first_line(error)}") from error
+
+
+def run(session: ort.InferenceSession, feeds: Mapping[str, Array], outputs: Sequence[str] | None = None) -> list[Array]:
+    """One run; ModelError with onnxruntime's own words where it fails."""
+    try:
+        return [np.asarray(value) for value in session.run(outputs, dict(feeds))]
+    except Exception as error:
+        raise ModelError(f"onnxruntime cannot run the model: {first_line(error)}") from error
+
+
+@contextlib.contextmanager
+def quiet_sessions() -> Iterator[None]:
+    """Silence warnings of sessions that another library opens."""
+    ort.set_default_logger_severity(ERRORS_ONLY)
+    try:
+        yield
+    finally:
+        ort.set_default_logger_severity(WARNINGS)
+
+
+def first_line(error: BaseException) -> str:
+    lines = str(error).strip().splitlines()
+    return lines[0].strip() if lines else type(error).__name__

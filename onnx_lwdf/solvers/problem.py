@@ -1,0 +1,46 @@
+"""One layer's compression problem and its answer, in arrays only.
+
+A layer computes y = W x + b for every group. Its problem is to find the stored weight V that minimizes
+
+    loss = sum_g tr((W_g - V_g) H_g (W_g - V_g)^T),    H = E[x x^T]
+
+over the grid V = scale * codes, one scale per output channel. Shapes: `groups` is always the leading axis, `in` is
+ordered (kernel position, channel), the order in which onnxruntime's integer kernels flatten a filter.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+F64 = npt.NDArray[np.float64]
+Codes = npt.NDArray[np.int8]
+
+
+@dataclass(frozen=True, slots=True)
+class LayerProblem:
+    """What a solver is given. It pickles, so that any executor can carry it."""
+
+    weight: F64  # [groups, out, in]
+    hessian: F64  # [groups, in, in], E[x x^T], symmetric and positive semidefinite
+    bits: int  # 2 to 8
+    scale_floor: F64  # [groups, out], no scale may be smaller (an int32 bias must fit)
+    kernel: int = 1  # kernel positions: `in` is kernel * channels
+    pair_limit: int | None = None  # bound on |codes[2k] + codes[2k + 1]| along `in`, None where nothing saturates
+
+
+@dataclass(frozen=True, slots=True)
+class LayerSolution:
+    """What a solver answers: weight = scale[..., None] * codes."""
+
+    codes: Codes  # [groups, out, in]
+    scale: F64  # [groups, out], positive and exactly representable in float32
+    loss: float  # the quadratic error above
+    notes: tuple[str, ...] = ()
+
+    @property
+    def weight(self) -> F64:
+        """The stored weight, [groups, out, in]."""
+        return self.scale[..., None] * self.codes

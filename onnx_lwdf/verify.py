@@ -1,0 +1,78 @@
+"""Float beside compressed in onnxruntime, on synthetic inputs that no layer was solved on.
+
+    SQNR = 10 log10(sum float^2 / sum (float - compressed)^2)
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import onnx
+
+from onnx_lwdf.activations.taps import Feed
+from onnx_lwdf.errors import ModelError
+from onnx_lwdf.runtime import open_session, run
+
+
+@dataclass(frozen=True, slots=True)
+class Fidelity:
+    """SQNR in dB by tensor name; +inf where nothing differs."""
+
+    outputs: Mapping[str, float]
+    layers: Mapping[str, float]  # by the name of the layer's output tensor
+
+
+def verify(
+    original: onnx.ModelProto,
+    preconditioned: onnx.ModelProto,
+    compressed: onnx.ModelProto,
+    tensors: Sequence[str],
+    feeds: Sequence[Feed],
+) -> Fidelity:
+    """Compare the model's outputs with the original's, and inner tensors with those of the preconditioned float model.
+
+    The outputs come from the file as it will run, with integer kernels. Raises ModelError where they are not finite.
+    """
+    outputs = [value.name for value in original.graph.output]
+    measured = _compare(original, compressed, outputs, feeds)
+    lost = [name for name, db in measured.items() if math.isnan(db)]
+    if lost:
+        raise ModelError(f"the compressed model's output {lost[0]!r} is not finite; nothing was written")
+    inner = [name for name in dict.fromkeys(tensors) if name not in outputs]
+    layers = _compare(_exposing(preconditioned, inner), _exposing(compressed, inner), inner, feeds)
+    return Fidelity(measured, layers | measured)
+
+
+def _exposing(model: onnx.ModelProto, tensors: Sequence[str]) -> onnx.ModelProto:
+    """A copy that also puts out these inner tensors."""
+    copy = onnx.ModelProto()
+    copy.CopyFrom(model)
+    copy.graph.output.extend(onnx.helper.make_empty_tensor_value_info(name) for name in tensors)
+    return copy
+
+
+def _compare(
+    reference: onnx.ModelProto, candidate: onnx.ModelProto, names: Sequence[str], feeds: Sequence[Feed]
+) -> dict[str, float]:
+    signal, noise = dict.fromkeys(names, 0.0), dict.fromkeys(names, 0.0)
+    if not names:
+        return {}
+    sessions = open_session(reference, arena=False), open_session(candidate, arena=False)
+    for feed in feeds:
+        for name, a, b in zip(names, *(run(session, feed, names) for session in sessions), strict=True):
+            exact = a.astype(np.float64)
+            signal[name] += float((exact**2).sum())
+            noise[name] += float(((exact - b) ** 2).sum())
+    return {name: decibels(signal[name], noise[name]) for name in names}
+
+
+def decibels(signal: float, noise: float) -> float:
+    """10 log10(signal / noise); +inf without noise, NaN where either is not finite."""
+    if not (math.isfinite(signal) and math.isfinite(noise)):
+        return math.nan
+    if noise == 0:
+        return math.inf
+    return 10 * math.log10(signal / noise) if signal > 0 else -math.inf
