@@ -71,7 +71,7 @@ def compress_model(source: Source, config: Config, on_layer: OnLayer) -> Compres
 
     sites = find_sites(graph, layers, prepared.plan)
     chunks = draw_chunks(prepared.inputs, config)
-    tensors = [site.tensors[0] for site in sites if site.tensors[0] not in graph.inputs]
+    tensors = [site.tensors[0] for site in sites] + [layer.input for layer in layers]
     samples = synthesize(preconditioned, layers, tensors, prepared.statistics, chunks, config)
     on_layer(Progress("synthesize", "", 1, 1))
 

@@ -19,7 +19,7 @@ import numpy as np
 from threadpoolctl import threadpool_limits
 
 from onnx_lwdf.activations.inputs import InputSpec
-from onnx_lwdf.activations.taps import Samples
+from onnx_lwdf.activations.taps import Moments, Samples
 from onnx_lwdf.config import TARGETS, Config
 from onnx_lwdf.graph import Graph
 from onnx_lwdf.layers import Bits, Layer, bias_of, weight_of
@@ -31,10 +31,9 @@ from onnx_lwdf.solvers.problem import LayerProblem, LayerSolution
 
 F64 = np.ndarray[tuple[int, ...], np.dtype[np.float64]]
 
-AUTO_METHOD = "gptq"
+AUTO_METHOD = "descent"
 PAIR_LIMIT = 128  # 255 * 128 = 32640 < 32767, the sum of two products in vpmaddubsw
 LARGEST_BIAS = 2.0**30  # codes of an int32 bias, with room for rounding
-VALUES_PER_SITE = 2**14
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,25 +72,24 @@ def choose_grids(
 
 
 def _weighted_values(graph: Graph, readers: Sequence[Layer], site: Site, samples: Samples) -> tuple[F64, F64]:
-    """Samples of the site's values, weighted by how strongly the layers that read them depend on each."""
+    """Samples of the site's values, weighted by how strongly the layers that read them depend on each channel."""
     if not readers:
         values = samples.values[site.tensors[0]].astype(np.float64)
-        return values, np.ones_like(values)
+        return values.ravel(), np.ones(values.size)
     parts, weights = [], []
     for layer in readers:
-        patches = samples.patches[layer.name]  # [groups, in, positions]
-        groups, rows, positions = patches.shape
-        step = max(1, groups * rows * positions // VALUES_PER_SITE)
-        energy = _input_energy(weight_of(graph, layer), rows)  # [groups, in]
-        parts.append(patches[..., :: min(step, positions)].astype(np.float64).ravel())
-        weights.append(np.repeat(energy.ravel(), parts[-1].size // energy.size))
+        values = samples.values[layer.input].astype(np.float64)  # [channels, values]
+        energy = input_energy(layer, weight_of(graph, layer))
+        parts.append(values.ravel())
+        weights.append(np.repeat(energy, values.shape[1]))
     return np.concatenate(parts), np.concatenate(weights)
 
 
-def _input_energy(weight: F64, rows: int) -> F64:
-    """[groups, in]: the squared weights that an error of this input meets; kernels of one row are summed."""
+def input_energy(layer: Layer, weight: F64) -> F64:
+    """[channels]: the squared weights that an error of each input channel meets. weight [groups, out, in]."""
+    kernel = math.prod(layer.window.kernel) if layer.window else 1
     energy = (weight**2).sum(1)  # [groups, in]
-    return energy if energy.shape[1] == rows else energy.reshape(energy.shape[0], -1, rows).sum(1)
+    return energy.reshape(energy.shape[0], kernel, -1).sum(1).ravel()
 
 
 def solve_layers(
@@ -108,7 +106,9 @@ def solve_layers(
 
         def solve(layer: Layer) -> Solved:
             grid = grids.get(layer.input) if plan[layer.name].activation is not None else None
-            return solve_layer(layer, *weights[layer.name], samples.patches[layer.name], grid, plan[layer.name], config)
+            moments = samples.moments[layer.name]
+            shift = np.zeros(1) if grid is None else _mean_shift(grid, samples.values[layer.input])
+            return solve_layer(layer, *weights[layer.name], moments, shift, grid, plan[layer.name], config)
 
         try:
             yield from pool.map(solve, layers)
@@ -117,19 +117,31 @@ def solve_layers(
             raise
 
 
+def _mean_shift(grid: ActivationGrid, values: np.ndarray) -> F64:
+    """[channels]: E[q(x)] - E[x] of each channel. values [channels, values]."""
+    exact = values.astype(np.float64)
+    return (grid.quantize(exact) - exact).mean(-1)
+
+
 def solve_layer(
-    layer: Layer, weight: F64, bias: F64, patches: np.ndarray, grid: ActivationGrid | None, bits: Bits, config: Config
+    layer: Layer,
+    weight: F64,
+    bias: F64,
+    moments: Moments,
+    shift: F64,
+    grid: ActivationGrid | None,
+    bits: Bits,
+    config: Config,
 ) -> Solved:
-    """One layer. weight [groups, out, in], bias [groups * out], patches [groups, in, positions]."""
-    x = patches.astype(np.float64)
-    mean = x.mean(-1)
-    stored_mean = mean if grid is None else grid.quantize(x).mean(-1)
+    """One layer. weight [groups, out, in], bias [groups * out], shift [channels] or [1] of the input's mean."""
     kernel = math.prod(layer.window.kernel) if layer.window else 1
-    if layer.op == "ConvTranspose":
-        mean, stored_mean = np.tile(mean, (1, kernel)), np.tile(stored_mean, (1, kernel))
+    repeated = kernel if layer.op == "ConvTranspose" else 1  # its moments are those of one position
+    mean = np.tile(moments.mean, (1, repeated))  # [groups, in]
+    shift = np.broadcast_to(shift, (mean.size // kernel,)).reshape(mean.shape[0], 1, -1)
+    stored_mean = mean + np.broadcast_to(shift, (mean.shape[0], kernel, shift.shape[-1])).reshape(mean.shape)
     problem = LayerProblem(
         weight=weight,
-        hessian=_hessian(layer, x),
+        hessian=np.stack([np.kron(np.eye(repeated), block) for block in moments.hessian]) if repeated > 1 else moments.hessian,
         bits=bits.weight,
         scale_floor=_scale_floor(weight, bias, grid),
         kernel=kernel,
@@ -139,14 +151,6 @@ def solve_layer(
     solution = SOLVERS[method](problem)
     correction = mean_correction(weight, solution.weight, mean, stored_mean)  # [groups, out]
     return Solved(layer, bits, method, solution, bias + correction.ravel(), grid)
-
-
-def _hessian(layer: Layer, x: F64) -> F64:
-    """E[x x^T], [groups, in, in]; of a transposed convolution the kernel's positions meet different inputs."""
-    hessian = x @ x.transpose(0, 2, 1) / x.shape[-1]
-    if layer.op != "ConvTranspose" or layer.window is None:
-        return hessian
-    return np.stack([np.kron(np.eye(math.prod(layer.window.kernel)), block) for block in hessian])
 
 
 def _scale_floor(weight: F64, bias: F64, grid: ActivationGrid | None) -> F64:

@@ -18,7 +18,7 @@ F64 = npt.NDArray[np.float64]
 FRACTIONS = np.geomspace(1.0, 0.08, 40)  # of the observed bound, coarse
 REFINED = np.linspace(0.94, 1.06, 7)  # around the best, fine
 ROUNDS = 2  # low and high in turn
-MOST_VALUES = 2**13
+BULK, TAIL = 2**13, 2**11  # values that the search looks at: the bulk is thinned, the tails are kept whole
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,8 +79,7 @@ def search_grid(
     """
     least, most = float(min(values.min(), 0.0)), float(max(values.max(), 0.0))
     least, most = max(least, low) if low is not None else least, min(most, high) if high is not None else most
-    step = max(1, values.size // MOST_VALUES)
-    values, weights = values[::step], weights[::step]
+    values, weights = _thinned(values, weights)
 
     def error(low: float, high: float) -> float:
         difference = grid_for(low, high, bits, symmetric).quantize(values) - values
@@ -98,3 +97,17 @@ def search_grid(
         if least >= 0:
             break
     return grid_for(best[1], best[2], bits, symmetric)
+
+
+def _thinned(values: F64, weights: F64) -> tuple[F64, F64]:
+    """Fewer values that stand for all: rare large ones decide where a range may end, so the tails stay whole."""
+    if values.size <= BULK + 2 * TAIL:
+        return values, weights
+    order = np.argsort(values, kind="stable")
+    bulk = order[TAIL:-TAIL]
+    step = -(-bulk.size // BULK)
+    chosen = np.concatenate([order[:TAIL], bulk[step // 2 :: step], order[-TAIL:]])
+    share = weights[bulk].sum() / max(weights[bulk[step // 2 :: step]].sum(), np.finfo(np.float64).tiny)
+    scaled = weights[chosen].copy()
+    scaled[TAIL:-TAIL] *= share
+    return values[chosen], scaled

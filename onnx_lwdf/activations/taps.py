@@ -1,7 +1,8 @@
 """Taps: sampled layer inputs and tensors, gathered inside onnxruntime, so that whole activations never leave it.
 
-A layer's tap answers the patches x that its weight rows meet, `[groups, in, positions]`, so that y = W x is the layer.
-The positions are drawn anew for every chunk of images and fed as indices: one session serves all chunks and all layers.
+A layer's tap answers the patches x that its weight rows meet, `[groups, in, positions]`, so that y = W x is the layer;
+of them only the moments E[x] and E[x x^T] are kept. A tensor's tap answers values of every channel. The positions are
+drawn anew for every chunk of images and fed as indices: one session serves all chunks and all taps.
 """
 
 from __future__ import annotations
@@ -13,11 +14,12 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 import onnx
+import onnxruntime as ort
 
 from onnx_lwdf.graph import Graph
 from onnx_lwdf.layers import Layer, Window, weight_of
 from onnx_lwdf.runtime import Array, open_session, run
-from onnx_lwdf.statistics import ChannelStatistics, Statistics
+from onnx_lwdf.statistics import F64, ChannelStatistics, Statistics
 
 F32 = npt.NDArray[np.float32]
 Indices = npt.NDArray[np.int64]
@@ -25,18 +27,25 @@ Feed = Mapping[str, F32]
 Align = Callable[[Graph, str, ChannelStatistics, tuple[int, ...]], str]  # graph, tensor, what it must have, its shape
 
 CHUNK = 16  # images at a time: bounds the memory, and is enough for batch statistics
-VALUES_PER_LAYER = 2**20  # patch values kept of one layer
-FEWEST_POSITIONS, MOST_POSITIONS = 256, 4096
+POSITIONS = 4096  # of each layer over all samples, where it has so many
 POSITIONS_PER_INPUT = 2  # a Hessian of rank `in` needs more positions than it has rows
-VALUES_PER_TENSOR = 2**15
+VALUES_PER_CHANNEL = 2048  # of each tensor over all samples: rare large values decide where a range may end
+
+
+@dataclass(frozen=True, slots=True)
+class Moments:
+    """First and second moments of a layer's input."""
+
+    mean: F64  # [groups, in]
+    hessian: F64  # [groups, in, in], E[x x^T]
 
 
 @dataclass(frozen=True, slots=True)
 class Samples:
     """What the taps saw."""
 
-    patches: Mapping[str, F32]  # layer name -> [groups, in, positions]
-    values: Mapping[str, F32]  # tensor name -> [values]
+    moments: Mapping[str, Moments]  # by layer name
+    values: Mapping[str, F32]  # by tensor name, [channels, values]
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,10 +86,9 @@ def sample(
         layer.name: _layer_tap(graph, layer, aligned.get(layer.input, layer.input), shapes[layer.input], total)
         for layer in layers
     }
-    values = {name: _value_tap(graph, aligned.get(name, name), shapes[name], total) for name in tensors}
-    answers = _run(graph, {**taps, **{f"value:{name}": tap for name, tap in values.items()}}, chunks, rng)
-    patches = {layer.name: np.concatenate(answers[layer.name], axis=-1) for layer in layers}
-    return Samples(patches, {name: np.concatenate(answers[f"value:{name}"]) for name in tensors})
+    rows = {layer.input for layer in layers if layer.window is None}
+    values = {name: _value_tap(graph, aligned.get(name, name), shapes[name], name in rows, total) for name in tensors}
+    return _run(graph, taps, values, chunks, rng)
 
 
 def _replace(graph: Graph, tensor: str, align: Align, known: ChannelStatistics, shape: tuple[int, ...]) -> str:
@@ -109,35 +117,41 @@ def tensor_shapes(model: onnx.ModelProto, tensors: Iterable[str], feed: Feed) ->
     return shapes | {name: single[name].shape for name in inputs}
 
 
-def positions_wanted(layer_inputs: int, groups: int) -> int:
-    """How many positions of a layer are sampled, within the bounds above."""
-    rank = POSITIONS_PER_INPUT * layer_inputs
-    fair = VALUES_PER_LAYER // (groups * layer_inputs)
-    return int(np.clip(max(rank, fair), FEWEST_POSITIONS, MOST_POSITIONS))
-
-
 def _run(
-    graph: Graph, taps: Mapping[str, _Tap], chunks: Sequence[Feed], rng: np.random.Generator
-) -> dict[str, list[F32]]:
+    graph: Graph, layers: Mapping[str, _Tap], tensors: Mapping[str, _Tap], chunks: Sequence[Feed], rng: np.random.Generator
+) -> Samples:
+    taps = [*layers.values(), *tensors.values()]
+    session = _session(graph, taps)
+    outputs, inputs = [value.name for value in session.get_outputs()], {value.name for value in session.get_inputs()}
+    sums: dict[str, tuple[F64, F64]] = {}
+    values: dict[str, list[F32]] = {name: [] for name in tensors}
+    count = dict.fromkeys(layers, 0)
+    for chunk in chunks:
+        indices = {tap.feed: tap.draw(rng) for tap in taps if tap.feed is not None and tap.draw is not None}
+        feeds = {name: value for name, value in {**chunk, **indices}.items() if name in inputs}
+        answers = dict(zip(outputs, run(session, feeds, outputs), strict=True))
+        for name, tap in layers.items():
+            x = tap.decode(answers[tap.output])  # [groups, in, positions]
+            mean, power = x.sum(-1, dtype=np.float64), (x @ x.transpose(0, 2, 1)).astype(np.float64)
+            before = sums.get(name)
+            sums[name] = (mean, power) if before is None else (before[0] + mean, before[1] + power)
+            count[name] += x.shape[-1]
+        for name, tap in tensors.items():
+            values[name].append(tap.decode(answers[tap.output])[0])
+    moments = {name: Moments(mean / count[name], power / count[name]) for name, (mean, power) in sums.items()}
+    return Samples(moments, {name: np.concatenate(parts, axis=-1) for name, parts in values.items()})
+
+
+def _session(graph: Graph, taps: Sequence[_Tap]) -> ort.InferenceSession:
     model = graph.model
     del model.graph.output[:]
-    graph.outputs = list(dict.fromkeys(tap.output for tap in taps.values()))
+    graph.outputs = list(dict.fromkeys(tap.output for tap in taps))
     model.graph.output.extend(onnx.helper.make_empty_tensor_value_info(name) for name in graph.outputs)
-    for tap in taps.values():
+    for tap in taps:
         if tap.feed is not None:
             model.graph.input.append(onnx.helper.make_tensor_value_info(tap.feed, onnx.TensorProto.INT64, [None]))
-    outputs = graph.outputs
     graph.commit()
-    session = open_session(model, arena=False)
-    inputs = {value.name for value in session.get_inputs()}
-    answers: dict[str, list[F32]] = {name: [] for name in taps}
-    for chunk in chunks:
-        indices = {tap.feed: tap.draw(rng) for tap in taps.values() if tap.feed is not None and tap.draw is not None}
-        feeds = {name: value for name, value in {**chunk, **indices}.items() if name in inputs}
-        result = dict(zip(outputs, run(session, feeds, outputs), strict=True))
-        for name, tap in taps.items():
-            answers[name].append(tap.decode(result[tap.output]))
-    return answers
+    return open_session(model, arena=False)
 
 
 def _layer_tap(graph: Graph, layer: Layer, source: str, shape: tuple[int, ...], total: int) -> _Tap:
@@ -146,7 +160,7 @@ def _layer_tap(graph: Graph, layer: Layer, source: str, shape: tuple[int, ...], 
         return _row_tap(graph, source, shape, width, total)
     channels = shape[1] // groups
     window = layer.window if layer.op == "Conv" else _pointwise(layer.window)
-    wanted = positions_wanted(channels * math.prod(window.kernel), groups)
+    wanted = max(POSITIONS, POSITIONS_PER_INPUT * channels * math.prod(window.kernel))
     return _window_tap(graph, source, shape, window, groups, -(-wanted // total))
 
 
@@ -160,7 +174,7 @@ def _row_tap(graph: Graph, source: str, shape: tuple[int, ...], width: int, tota
     """Gemm and MatMul: rows of the input [..., in]."""
     rows = math.prod(shape[1:-1])  # of one sample
     flat = graph.add("Reshape", [source, graph.add_constant("tap.shape", np.array([-1, width], np.int64))], "tap")
-    wanted = -(-positions_wanted(width, 1) // total)
+    wanted = -(-max(POSITIONS, POSITIONS_PER_INPUT * width) // total)
     if rows <= wanted:
         return _Tap(flat, None, None, lambda value: value.T[None])
     feed = graph.unique("tap.rows")
@@ -227,15 +241,21 @@ def _pad(graph: Graph, source: str, widths: Indices) -> str:
     return graph.add("Pad", [source, graph.add_constant("tap.pads", widths)], "tap")
 
 
-def _value_tap(graph: Graph, source: str, shape: tuple[int, ...], total: int) -> _Tap:
-    """Any tensor: values at sampled positions of every sample."""
-    count = math.prod(shape[1:])
-    taken = min(count, -(-VALUES_PER_TENSOR // total))
-    flat = graph.add("Reshape", [source, graph.add_constant("tap.shape", np.array([-1, count], np.int64))], "tap")
+def _value_tap(graph: Graph, source: str, shape: tuple[int, ...], rows: bool, total: int) -> _Tap:
+    """A tensor [N, C, ...], or [N, ..., C] where rows of it are read: values of every channel at sampled positions."""
+    channels = shape[-1] if rows else shape[1] if len(shape) > 1 else 1
+    count = math.prod(shape[1:]) // channels
+    taken = min(count, -(-VALUES_PER_CHANNEL // total))
+    split = np.array([0, -1, channels] if rows else [0, channels, -1], np.int64)
+    flat = graph.add("Reshape", [source, graph.add_constant("tap.shape", split)], "tap")
     feed = graph.unique("tap.values")
-    output = graph.add("Gather", [flat, feed], "tap", axis=1)
+    output = graph.add("Gather", [flat, feed], "tap", axis=1 if rows else 2)
 
     def draw(rng: np.random.Generator) -> Indices:
         return np.sort(rng.choice(count, taken, replace=False)).astype(np.int64)
 
-    return _Tap(output, feed, draw, lambda value: np.ascontiguousarray(value).ravel())
+    def decode(value: Array) -> F32:
+        ordered = value.transpose(2, 0, 1) if rows else value.transpose(1, 0, 2)  # [channels, samples, taken]
+        return np.ascontiguousarray(ordered).reshape(1, channels, -1)
+
+    return _Tap(output, feed, draw, decode)

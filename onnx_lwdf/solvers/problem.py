@@ -44,3 +44,15 @@ class LayerSolution:
     def weight(self) -> F64:
         """The stored weight, [groups, out, in]."""
         return self.scale[..., None] * self.codes
+
+
+def channel_loss(weight: F64, stored: F64, hessian: F64) -> F64:
+    """(w - v) H (w - v)^T of every output channel, [groups, out]."""
+    difference = weight - stored
+    return np.einsum("goi,goi->go", difference @ hessian, difference)
+
+
+def solution(problem: LayerProblem, codes: F64, scale: F64, notes: tuple[str, ...] = ()) -> LayerSolution:
+    """The answer with its loss."""
+    loss = float(channel_loss(problem.weight, scale[..., None] * codes, problem.hessian).sum())
+    return LayerSolution(codes.astype(np.int8), scale, loss, notes)

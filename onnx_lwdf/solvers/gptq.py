@@ -1,0 +1,112 @@
+"""Second-order rounding: each column's rounding error is carried by the columns that are still free.
+
+With U the upper Cholesky factor of H^-1 (H^-1 = U^T U), column j's error moves the later columns by
+
+    W[:, k] -= (W[:, j] - V[:, j]) / U[j, j] * U[j, k],    k > j
+
+which is the exact minimizer of the loss over the free columns (OBQ: Frantar and Alistarh, arXiv 2208.11580; GPTQ: Frantar
+et al., arXiv 2210.17323). Columns go in the order of falling H[j, j]. The pair limit stands inside: the second code of a
+pair is clamped to what the first one leaves, and later columns carry that error too.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+from onnx_lwdf.grid import code_range, nearest, search_scale
+from onnx_lwdf.solvers.problem import F64, LayerProblem, LayerSolution, channel_loss, solution
+
+DAMPING = 0.01  # of the mean of H's diagonal, as in GPTQ
+MOST_DAMPING = 100.0
+BLOCK = 64  # columns between two updates of all the later ones: small products within, one large one behind
+
+
+@dataclass(frozen=True, slots=True)
+class _Pairs:
+    """Partner of each position in the order of columns; -1 where it has none, or where the partner comes later."""
+
+    earlier: npt.NDArray[np.int64]  # [groups, in]
+    limit: int
+
+
+def solve(problem: LayerProblem) -> LayerSolution:
+    """Second-order rounding on the scale of least weighted error; per output channel never worse than nearest rounding."""
+    importance = np.diagonal(problem.hessian, axis1=1, axis2=2)  # [groups, in]
+    scale = search_scale(problem.weight, importance, problem.bits, problem.pair_limit, problem.scale_floor)
+    plain = nearest(problem.weight, scale, problem.bits, problem.pair_limit)
+    codes, note = round_columns(problem, scale)
+    if codes is None:
+        return solution(problem, plain, scale, (note,))
+    losses = [channel_loss(problem.weight, scale[..., None] * c, problem.hessian) for c in (codes, plain)]
+    chosen = np.where((losses[0] <= losses[1])[..., None], codes, plain)
+    return solution(problem, chosen, scale, (note,) if note else ())
+
+
+def round_columns(problem: LayerProblem, scale: F64) -> tuple[F64 | None, str]:
+    """The codes [groups, out, in] and a note on damping; None where H cannot be factored at any damping."""
+    order = np.argsort(-np.diagonal(problem.hessian, axis1=1, axis2=2), axis=1, kind="stable")  # [groups, in]
+    weight = np.take_along_axis(problem.weight, order[:, None, :], 2)
+    hessian = np.take_along_axis(np.take_along_axis(problem.hessian, order[:, :, None], 1), order[:, None, :], 2)
+    damping = DAMPING
+    while (factor := _inverse_factor(hessian, damping)) is None:
+        damping *= 10
+        if damping > MOST_DAMPING:
+            return None, "H could not be factored; nearest rounding"
+    codes = _sweep(weight, factor, scale, problem.bits, _pairs(problem, order))
+    note = "" if damping == DAMPING else f"damping {damping:g}"
+    return np.take_along_axis(codes, np.argsort(order, axis=1)[:, None, :], 2), note
+
+
+def _inverse_factor(hessian: F64, damping: float) -> F64 | None:
+    """U with (H + damping)^-1 = U^T U, [groups, in, in]; dead inputs get a diagonal of 1, which decouples them."""
+    damped = hessian.copy()
+    diagonal = np.einsum("gii->gi", damped)  # a view
+    dead = diagonal <= 0
+    diagonal += damping * np.mean(diagonal, axis=1, keepdims=True)
+    diagonal[dead] = 1.0
+    try:
+        factor = np.linalg.cholesky(np.linalg.inv(damped)).swapaxes(1, 2)
+    except np.linalg.LinAlgError:
+        return None
+    return factor if np.isfinite(factor).all() else None
+
+
+def _pairs(problem: LayerProblem, order: npt.NDArray[np.int64]) -> _Pairs | None:
+    if problem.pair_limit is None:
+        return None
+    place = np.argsort(order, axis=1)
+    partner = order ^ 1  # 2k <-> 2k + 1
+    exists = partner < order.shape[1]
+    earlier = np.take_along_axis(place, np.where(exists, partner, 0), 1)
+    return _Pairs(np.where(exists & (earlier < np.arange(order.shape[1])), earlier, -1), problem.pair_limit)
+
+
+def _sweep(weight: F64, factor: F64, scale: F64, bits: int, pairs: _Pairs | None) -> F64:
+    """Codes in the order of columns; `weight` is consumed."""
+    low, high = code_range(bits)
+    columns = weight.shape[2]
+    codes = np.zeros(weight.shape)
+    for start in range(0, columns, BLOCK):
+        stop = min(start + BLOCK, columns)
+        errors = np.empty((*weight.shape[:2], stop - start))
+        for j in range(start, stop):
+            code = np.clip(np.rint(weight[:, :, j] / scale), low, high)
+            if pairs is not None:
+                code = _clamped(code, codes, pairs, j)
+            codes[:, :, j] = code
+            error = (weight[:, :, j] - code * scale) / factor[:, j, j][:, None]  # [groups, out]
+            weight[:, :, j + 1 : stop] -= error[:, :, None] * factor[:, None, j, j + 1 : stop]
+            errors[:, :, j - start] = error
+        weight[:, :, stop:] -= errors @ factor[:, start:stop, stop:]
+    return codes
+
+
+def _clamped(code: F64, codes: F64, pairs: _Pairs, column: int) -> F64:
+    """The code within what its already coded partner leaves."""
+    earlier = pairs.earlier[:, column]  # [groups]
+    partner = np.take_along_axis(codes, np.maximum(earlier, 0)[:, None, None], 2)[:, :, 0]
+    clamped = np.clip(code, -pairs.limit - partner, pairs.limit - partner)
+    return np.where((earlier >= 0)[:, None], clamped, code)
