@@ -2,33 +2,39 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import onnx
+from onnx import numpy_helper
 
+from onnx_lwdf import model_io
+from onnx_lwdf.compress import Compressed, OnLayer, Prepared, compress_model, prepare
 from onnx_lwdf.config import Config
-from onnx_lwdf.report import Report
+from onnx_lwdf.errors import GateError, ModelError, OptionError
+from onnx_lwdf.layers import Layer, Skipped
+from onnx_lwdf.layerwise import Solved, method_of
+from onnx_lwdf.report import LayerReport, Report
+
+FLOAT = "float"
 
 
 @dataclass(frozen=True, slots=True)
 class Result:
+    """The compressed model and what happened to it."""
+
     model: onnx.ModelProto
     report: Report
 
 
-@dataclass(frozen=True, slots=True)
-class Progress:
-    """One step done: `stage` is a word such as "solve", `name` the layer, or empty."""
+class Gate(GateError):
+    """A gate failed; `result` holds what was written all the same."""
 
-    stage: str
-    name: str
-    done: int
-    total: int
-
-
-OnLayer = Callable[[Progress], None]
+    def __init__(self, message: str, result: Result) -> None:
+        super().__init__(message)
+        self.result = result
 
 
 def compress(
@@ -55,14 +61,233 @@ def compress(
     seed: int = 0,
     save_as_external_data: bool = False,
     force: bool = False,
-    on_layer: OnLayer | None = None,
+    on_layer: OnLayer = lambda progress: None,
 ) -> Result:
-    raise NotImplementedError
+    """Compress a model, and write it where `output` is given. The words are those of the command line.
+
+    `bits` stands for `weight_bits` and `activation_bits` where they are not given; `activation_bits="float"` compresses
+    the weights alone. `on_layer` is called after each step with a `Progress`.
+
+    Raises ModelError where the model cannot be read, compressed or written, OptionError where an option is wrong, and
+    Gate (with the result; the file is written) where `fail_under` dB are not reached at an output.
+    """
+    config = configure(
+        bits=bits,
+        weight_bits=weight_bits,
+        activation_bits=activation_bits,
+        bits_for=bits_for or {},
+        keep_first_last=keep_first_last,
+        method=method,
+        activations_from=activations_from,
+        format=format,
+        target=target,
+        exclude=exclude,
+        input_shape=input_shape or {},
+        input_range=input_range,
+        input_mean=input_mean,
+        input_std=input_std,
+        fail_under=fail_under,
+        jobs=jobs,
+        samples=samples,
+        seed=seed,
+        save_as_external_data=save_as_external_data,
+    )
+    return compress_with(config, model, output, force=force, on_layer=on_layer)
 
 
-def inspect(model: str | Path | onnx.ModelProto, *, config: Config | None = None) -> Report:
-    raise NotImplementedError
+def configure(
+    *,
+    bits: int,
+    weight_bits: int | None,
+    activation_bits: int | str | None,
+    bits_for: Mapping[str, int],
+    keep_first_last: bool | None,
+    method: str,
+    activations_from: str | Path,
+    format: str,
+    target: str,
+    exclude: Sequence[str],
+    input_shape: Mapping[str, Sequence[int]],
+    input_range: Sequence[float] | None,
+    input_mean: Sequence[float] | None,
+    input_std: Sequence[float] | None,
+    fail_under: float | None,
+    jobs: int | None,
+    samples: int,
+    seed: int,
+    save_as_external_data: bool,
+) -> Config:
+    """The words of `compress` as a validated Config."""
+    return Config(
+        weight_bits=bits if weight_bits is None else weight_bits,
+        activation_bits=_activation_bits(bits, activation_bits),
+        bits_for=dict(bits_for),
+        keep_first_last=keep_first_last,
+        method=method,
+        activations_from=str(activations_from),
+        format=format,
+        target=target,
+        exclude=tuple(exclude),
+        input_shape={name: tuple(shape) for name, shape in input_shape.items()},
+        input_range=None if input_range is None else (input_range[0], input_range[1]),
+        input_mean=None if input_mean is None else tuple(input_mean),
+        input_std=None if input_std is None else tuple(input_std),
+        fail_under=fail_under,
+        jobs=jobs,
+        samples=samples,
+        seed=seed,
+        save_as_external_data=save_as_external_data,
+    )
+
+
+def compress_with(
+    config: Config,
+    model: str | Path | onnx.ModelProto,
+    output: str | Path | None,
+    *,
+    force: bool,
+    on_layer: OnLayer,
+) -> Result:
+    """`compress` for who has a Config."""
+    path = None if output is None else Path(output)
+    if path is not None:
+        model_io.check_target(path, None if isinstance(model, onnx.ModelProto) else Path(model), force)
+    source = model_io.read(model)
+    done = compress_model(source, config, on_layer)
+    model_io.add_provenance(done.model, source, config.to_dict())
+    external = config.save_as_external_data or source.external
+    size = done.model.ByteSize() if path is None else model_io.write(done.model, path, external)
+    result = Result(done.model, _report(source, config, done, {"path": path and str(path), "bytes": size}))
+    _check_gate(result, config.fail_under)
+    return result
+
+
+def inspect(model: str | Path | onnx.ModelProto, config: Config | None = None) -> Report:
+    """The dry run: what would be compressed, and why the rest would not; nothing is solved or written."""
+    config = config or Config()
+    source = model_io.read(model)
+    prepared = prepare(source.model, config)
+    layers = [_planned(prepared, layer, config) for layer in prepared.layers]
+    return _assemble(source, config, prepared, layers, {}, {"path": None, "bytes": None})
 
 
 def check(path: str | Path) -> tuple[str, ...]:
-    raise NotImplementedError
+    """Problems of a file that this tool wrote; empty where it is sound.
+
+    The file must be valid ONNX with our provenance, every stored weight on its grid, and every output finite.
+    """
+    model = model_io.load(Path(path))
+    if not model_io.provenance(model):
+        return ("was not written by onnx-lwdf: it has no provenance",)
+    problems = []
+    try:
+        onnx.checker.check_model(model, full_check=True)
+    except Exception as error:  # ValidationError, InferenceError and others
+        problems.append(f"is not valid: {str(error).strip().splitlines()[0]}")
+    for tensor in model.graph.initializer:
+        if tensor.name.endswith(".scale"):
+            scale = numpy_helper.to_array(tensor)
+            if not (np.isfinite(scale).all() and (scale > 0).all()):
+                problems.append(f"scale {tensor.name!r} is not positive and finite")
+    return tuple(problems)
+
+
+def _activation_bits(bits: int, given: int | str | None) -> int | None:
+    if given is None:
+        return bits
+    if isinstance(given, int):
+        return given
+    if given == FLOAT:
+        return None
+    raise OptionError(f"activation-bits is {given!r}; it must be a number or {FLOAT!r}")
+
+
+def _check_gate(result: Result, least: float | None) -> None:
+    reached = result.report.output_db
+    if least is not None and reached is not None and not reached >= least:
+        raise Gate(f"an output has {reached:.2f} dB, below --fail-under {least:g}; use more bits or --bits-for", result)
+
+
+def _report(source: model_io.Source, config: Config, done: Compressed, output: Mapping[str, object]) -> Report:
+    layers = [_solved(done, answer) for answer in done.solved]
+    return _assemble(source, config, done.prepared, layers, done.fidelity.outputs, output)
+
+
+def _assemble(
+    source: model_io.Source,
+    config: Config,
+    prepared: Prepared,
+    layers: Sequence[LayerReport],
+    outputs: Mapping[str, float],
+    output: Mapping[str, object],
+) -> Report:
+    kept = [_kept(skipped) for skipped in prepared.skipped]
+    return Report(
+        tool={"name": model_io.TOOL, "version": model_io.tool_version()},
+        input={"path": source.path and str(source.path), "sha256": source.sha256, "bytes": source.size_bytes},
+        output=output,
+        options=config.to_dict(),
+        layers=(*layers, *kept),
+        outputs=outputs,
+        warnings=prepared.warnings,
+    )
+
+
+def _kept(skipped: Skipped) -> LayerReport:
+    size = 4 * int(np.prod(skipped.shape)) if skipped.shape else 0
+    return LayerReport(
+        name=skipped.name,
+        op=skipped.op,
+        shape=skipped.shape,
+        status="kept",
+        reason=skipped.reason,
+        statistics="",
+        method="",
+        weight_bits=None,
+        activation_bits=None,
+        sparsity=0.0,
+        sqnr_db=None,
+        bytes_before=size,
+        bytes_after=size,
+    )
+
+
+def _planned(prepared: Prepared, layer: Layer, config: Config) -> LayerReport:
+    weight = prepared.graph.constant(layer.weight)
+    assert weight is not None, layer.name
+    bits = prepared.plan[layer.name]
+    return LayerReport(
+        name=layer.name,
+        op=layer.op,
+        shape=weight.shape,
+        status="compressed",
+        reason="",
+        statistics=prepared.origins[layer.name],
+        method=method_of(config),
+        weight_bits=bits.weight,
+        activation_bits=bits.activation,
+        sparsity=0.0,
+        sqnr_db=None,
+        bytes_before=weight.nbytes,
+        bytes_after=weight.size,
+    )
+
+
+def _solved(done: Compressed, answer: Solved) -> LayerReport:
+    codes = answer.solution.codes
+    stored = codes.size + 4 * answer.solution.scale.size
+    return LayerReport(
+        name=answer.layer.name,
+        op=answer.layer.op,
+        shape=done.shapes[answer.layer.name],
+        status="compressed",
+        reason="; ".join(answer.solution.notes),
+        statistics=done.prepared.origins[answer.layer.name],
+        method=answer.method,
+        weight_bits=answer.bits.weight,
+        activation_bits=answer.bits.activation,
+        sparsity=float((codes == 0).mean()),
+        sqnr_db=done.fidelity.layers.get(answer.layer.output),
+        bytes_before=4 * codes.size,
+        bytes_after=stored,
+    )

@@ -21,7 +21,7 @@ from onnx_lwdf.model_io import Source, fix_initializers, raise_opset
 from onnx_lwdf.plan import plan_bits
 from onnx_lwdf.precondition.fold import fold
 from onnx_lwdf.sites import Site, find_sites
-from onnx_lwdf.statistics import Statistics
+from onnx_lwdf.statistics import Statistics, origin
 from onnx_lwdf.verify import Fidelity, verify
 
 VERIFIED_SAMPLES = 8
@@ -49,6 +49,7 @@ class Prepared:
     skipped: Sequence[Skipped]
     statistics: Statistics
     plan: Mapping[str, Bits]
+    origins: Mapping[str, str]  # layer name -> where the statistics of its input come from
     inputs: Sequence[InputSpec]
     warnings: tuple[str, ...]
 
@@ -60,6 +61,7 @@ class Compressed:
     model: onnx.ModelProto
     prepared: Prepared
     solved: Sequence[Solved]
+    shapes: Mapping[str, tuple[int, ...]]  # layer name -> of its weight as the model stores it
     fidelity: Fidelity
 
 
@@ -82,14 +84,16 @@ def compress_model(source: Source, config: Config, on_layer: OnLayer) -> Compres
         on_layer(Progress("solve", answer.layer.name, len(solved), len(layers)))
 
     signed = TARGETS[config.target].signed_activations
-    FORMATS[config.stored_format].emit(graph, [_stored(graph, answer) for answer in solved], sites, grids, signed)
+    stored = [_stored(graph, answer) for answer in solved]
+    FORMATS[config.stored_format].emit(graph, stored, sites, grids, signed)
     graph.commit()
 
     outputs = [layer.output for layer in layers]
     feeds = _verification(prepared.inputs, config)
     fidelity = verify(source.model, preconditioned, graph.model, outputs, feeds)
     on_layer(Progress("verify", "", 1, 1))
-    return Compressed(graph.model, prepared, solved, fidelity)
+    shapes = {item.layer.name: item.codes.shape for item in stored}
+    return Compressed(graph.model, prepared, solved, shapes, fidelity)
 
 
 def prepare(model: onnx.ModelProto, config: Config) -> Prepared:
@@ -108,7 +112,10 @@ def prepare(model: onnx.ModelProto, config: Config) -> Prepared:
         raise ModelError(f"nothing to compress: {reasons or 'the model has no Conv, ConvTranspose, Gemm or MatMul'}")
     plan = plan_bits(graph, layers, skipped, config)
     inputs, warnings = read_inputs(graph, config, statistics)
-    return Prepared(graph, layers, skipped, statistics, plan, inputs, (*filter(None, notes), *warnings))
+    known = [spec.name for spec in inputs if spec.inferred]
+    sampled = config.source == "data"
+    origins = {layer.name: "data" if sampled else origin(graph, layer.input, statistics, known) for layer in layers}
+    return Prepared(graph, layers, skipped, statistics, plan, origins, inputs, (*filter(None, notes), *warnings))
 
 
 def _unfit(graph: Graph, layer: Layer, name: str) -> Skipped:

@@ -100,57 +100,73 @@ def solve_layers(
     samples: Samples,
     config: Config,
 ) -> Iterator[Solved]:
-    """Every layer's answer, in order. Layers run in parallel; each on one thread, so that the bytes do not depend on it."""
-    weights = {layer.name: (weight_of(graph, layer), bias_of(graph, layer)) for layer in layers}
+    """Every layer's answer, in order. Layers run in parallel, each on one thread: the bytes do not depend on the jobs."""
+    method = method_of(config)
     with threadpool_limits(limits=1), ThreadPoolExecutor(config.jobs) as pool:
-
-        def solve(layer: Layer) -> Solved:
-            grid = grids.get(layer.input) if plan[layer.name].activation is not None else None
-            moments = samples.moments[layer.name]
-            shift = np.zeros(1) if grid is None else _mean_shift(grid, samples.values[layer.input])
-            return solve_layer(layer, *weights[layer.name], moments, shift, grid, plan[layer.name], config)
-
+        posed = [_pose(graph, layer, plan[layer.name], grids, samples, config) for layer in layers]
         try:
-            yield from pool.map(solve, layers)
+            for task, solution in zip(posed, pool.map(SOLVERS[method], [task.problem for task in posed]), strict=True):
+                yield _settle(task, method, solution)
         except BaseException:
             pool.shutdown(wait=False, cancel_futures=True)
             raise
 
 
-def _mean_shift(grid: ActivationGrid, values: np.ndarray) -> F64:
-    """[channels]: E[q(x)] - E[x] of each channel. values [channels, values]."""
-    exact = values.astype(np.float64)
-    return (grid.quantize(exact) - exact).mean(-1)
+@dataclass(frozen=True, slots=True)
+class _Task:
+    """A layer's problem and what its bias needs."""
+
+    layer: Layer
+    bits: Bits
+    grid: ActivationGrid | None
+    problem: LayerProblem
+    bias: F64  # [groups * out]
+    mean: F64  # [groups, in], of the float input
+    stored_mean: F64  # [groups, in], of the quantized input
 
 
-def solve_layer(
+def _pose(
+    graph: Graph,
     layer: Layer,
-    weight: F64,
-    bias: F64,
-    moments: Moments,
-    shift: F64,
-    grid: ActivationGrid | None,
     bits: Bits,
+    grids: Mapping[str, ActivationGrid],
+    samples: Samples,
     config: Config,
-) -> Solved:
-    """One layer. weight [groups, out, in], bias [groups * out], shift [channels] or [1] of the input's mean."""
+) -> _Task:
+    weight, bias, moments = weight_of(graph, layer), bias_of(graph, layer), samples.moments[layer.name]
+    grid = grids[layer.input] if bits.activation is not None else None
     kernel = math.prod(layer.window.kernel) if layer.window else 1
-    repeated = kernel if layer.op == "ConvTranspose" else 1  # its moments are those of one position
-    mean = np.tile(moments.mean, (1, repeated))  # [groups, in]
-    shift = np.broadcast_to(shift, (mean.size // kernel,)).reshape(mean.shape[0], 1, -1)
-    stored_mean = mean + np.broadcast_to(shift, (mean.shape[0], kernel, shift.shape[-1])).reshape(mean.shape)
+    mean, hessian = moments.mean, moments.hessian
+    if layer.op == "ConvTranspose":  # its patches are single positions; each kernel position meets another one
+        mean = np.tile(mean, (1, kernel))
+        hessian = np.stack([np.kron(np.eye(kernel), block) for block in hessian])
     problem = LayerProblem(
         weight=weight,
-        hessian=np.stack([np.kron(np.eye(repeated), block) for block in moments.hessian]) if repeated > 1 else moments.hessian,
+        hessian=hessian,
         bits=bits.weight,
         scale_floor=_scale_floor(weight, bias, grid),
         kernel=kernel,
         pair_limit=_pair_limit(weight, kernel, bits.weight, grid, config),
     )
-    method = AUTO_METHOD if config.method == "auto" else config.method
-    solution = SOLVERS[method](problem)
-    correction = mean_correction(weight, solution.weight, mean, stored_mean)  # [groups, out]
-    return Solved(layer, bits, method, solution, bias + correction.ravel(), grid)
+    stored_mean = mean if grid is None else mean + _mean_shift(grid, samples.values[layer.input], mean.shape, kernel)
+    return _Task(layer, bits, grid, problem, bias, mean, stored_mean)
+
+
+def _settle(task: _Task, method: str, solution: LayerSolution) -> Solved:
+    correction = mean_correction(task.problem.weight, solution.weight, task.mean, task.stored_mean)  # [groups, out]
+    return Solved(task.layer, task.bits, method, solution, task.bias + correction.ravel(), task.grid)
+
+
+def _mean_shift(grid: ActivationGrid, values: np.ndarray, shape: tuple[int, ...], kernel: int) -> F64:
+    """E[q(x)] - E[x] of each input, [groups, in]; the same at all kernel positions. values [channels, values]."""
+    exact = values.astype(np.float64)
+    shift = (grid.quantize(exact) - exact).mean(-1).reshape(shape[0], 1, -1)  # [groups, 1, channels / groups]
+    return np.broadcast_to(shift, (shape[0], kernel, shift.shape[-1])).reshape(shape)
+
+
+def method_of(config: Config) -> str:
+    """The key of SOLVERS that the configuration means."""
+    return AUTO_METHOD if config.method == "auto" else config.method
 
 
 def _scale_floor(weight: F64, bias: F64, grid: ActivationGrid | None) -> F64:

@@ -53,8 +53,18 @@ def read(source: str | Path | onnx.ModelProto) -> Source:
         result = Source(model, None, hashlib.sha256(data).hexdigest(), len(data), external=False)
     else:
         result = _read_file(Path(source))
-    _check(result.model, str(result.path or "the model"))
+    if provenance(result.model):
+        raise ModelError(f"{result.path or 'the model'}: was already compressed by {TOOL}; give it the original model")
+    try:
+        onnx.checker.check_model(result.model)
+    except Exception as error:  # the checker raises ValidationError, and others on broken attributes
+        raise ModelError(f"{result.path or 'the model'}: is not a valid ONNX model: {first_line(error)}") from error
     return result
+
+
+def load(path: Path) -> onnx.ModelProto:
+    """A model of anyone's, with its external data; ModelError where it is missing, not ONNX, or truncated."""
+    return _read_file(path).model
 
 
 def _read_file(path: Path) -> Source:
@@ -90,16 +100,6 @@ def _external_files(model: onnx.ModelProto) -> dict[str, None]:
         if external_data_helper.uses_external_data(tensor):
             names[external_data_helper.ExternalDataInfo(tensor).location] = None
     return names
-
-
-def _check(model: onnx.ModelProto, where: str) -> None:
-    keys = {item.key for item in model.metadata_props}
-    if f"{PREFIX}version" in keys:
-        raise ModelError(f"{where}: was already compressed by {TOOL}; give it the original model")
-    try:
-        onnx.checker.check_model(model)
-    except Exception as error:  # the checker raises ValidationError, and others on broken attributes
-        raise ModelError(f"{where}: is not a valid ONNX model: {first_line(error)}") from error
 
 
 def raise_opset(model: onnx.ModelProto, opset: int) -> tuple[onnx.ModelProto, str | None]:

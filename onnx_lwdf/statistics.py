@@ -7,11 +7,14 @@ A BatchNormalization with stored variance v puts out, for every channel, in trai
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
+
+from onnx_lwdf.graph import Graph
+from onnx_lwdf.layers import WEIGHTED
 
 F64 = npt.NDArray[np.float64]
 
@@ -33,3 +36,22 @@ class ChannelStatistics:
 
 
 Statistics = Mapping[str, ChannelStatistics]  # tensor name -> its statistics
+
+
+def origin(graph: Graph, tensor: str, statistics: Statistics, known_inputs: Iterable[str]) -> str:
+    """Where the distribution of a tensor comes from: "bn" or "propagated".
+
+    "bn": whatever way one goes back from it, stored statistics (or an input of known normalization) come before any layer
+    without them. "propagated": some layer's output is known only by running synthetic images through the float network.
+    """
+    known, seen, waiting = set(known_inputs) | set(statistics), set(), [tensor]
+    while waiting:
+        name = waiting.pop()
+        if name in known or name in seen or graph.constant(name) is not None:
+            continue
+        seen.add(name)
+        node = graph.producer.get(name)
+        if node is None or node.op_type in WEIGHTED:
+            return "propagated"
+        waiting.extend(source for source in node.input if source)
+    return "bn"

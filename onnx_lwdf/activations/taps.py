@@ -27,7 +27,8 @@ Feed = Mapping[str, F32]
 Align = Callable[[Graph, str, ChannelStatistics, tuple[int, ...]], str]  # graph, tensor, what it must have, its shape
 
 CHUNK = 16  # images at a time: bounds the memory, and is enough for batch statistics
-POSITIONS = 4096  # of each layer over all samples, where it has so many
+FEWEST_POSITIONS, MOST_POSITIONS = 1024, 4096  # of each layer over all samples, where it has so many
+PATCH_VALUES = 2**23  # of a layer over all samples; beyond, positions are fewer
 POSITIONS_PER_INPUT = 2  # a Hessian of rank `in` needs more positions than it has rows
 VALUES_PER_CHANNEL = 2048  # of each tensor over all samples: rare large values decide where a range may end
 
@@ -160,8 +161,13 @@ def _layer_tap(graph: Graph, layer: Layer, source: str, shape: tuple[int, ...], 
         return _row_tap(graph, source, shape, width, total)
     channels = shape[1] // groups
     window = layer.window if layer.op == "Conv" else _pointwise(layer.window)
-    wanted = max(POSITIONS, POSITIONS_PER_INPUT * channels * math.prod(window.kernel))
+    wanted = _positions(channels * math.prod(window.kernel), groups)
     return _window_tap(graph, source, shape, window, groups, -(-wanted // total))
+
+
+def _positions(inputs: int, groups: int) -> int:
+    fair = PATCH_VALUES // (inputs * groups)
+    return max(POSITIONS_PER_INPUT * inputs, int(np.clip(fair, FEWEST_POSITIONS, MOST_POSITIONS)))
 
 
 def _pointwise(window: Window) -> Window:
@@ -174,7 +180,7 @@ def _row_tap(graph: Graph, source: str, shape: tuple[int, ...], width: int, tota
     """Gemm and MatMul: rows of the input [..., in]."""
     rows = math.prod(shape[1:-1])  # of one sample
     flat = graph.add("Reshape", [source, graph.add_constant("tap.shape", np.array([-1, width], np.int64))], "tap")
-    wanted = -(-max(POSITIONS, POSITIONS_PER_INPUT * width) // total)
+    wanted = -(-_positions(width, 1) // total)
     if rows <= wanted:
         return _Tap(flat, None, None, lambda value: value.T[None])
     feed = graph.unique("tap.rows")
