@@ -1,0 +1,32 @@
+# Two commands do all on a fresh machine with Python 3.10+, git and make: `make demo` and `make test`.
+
+PYTHON ?= python3
+BIN := .venv/bin
+ENV := .venv/.ready
+
+.PHONY: demo test lint bench clean
+
+demo: $(ENV)
+	@mkdir -p build
+	$(BIN)/onnx-lwdf models/mobilenetv2-torchvision-bn.onnx --bits 6 -o build/mobilenetv2.w6a6.onnx --force
+	$(BIN)/python bench/demo.py
+
+test: $(ENV) lint
+	$(BIN)/python -m pytest
+
+lint: $(ENV)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+bench: $(ENV)
+	$(BIN)/python bench/compare.py
+
+$(ENV): pyproject.toml
+	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --upgrade pip
+	$(BIN)/python -m pip install --quiet --editable '.[dev]'
+	@touch $(ENV)
+
+clean:
+	rm -rf .venv build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis
