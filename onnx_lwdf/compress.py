@@ -20,6 +20,7 @@ from onnx_lwdf.layerwise import Solved, choose_grids, solve_layers
 from onnx_lwdf.model_io import Source, fix_initializers, raise_opset
 from onnx_lwdf.plan import plan_bits
 from onnx_lwdf.precondition.fold import fold
+from onnx_lwdf.precondition.transform import transform_groups
 from onnx_lwdf.sites import Site, find_sites
 from onnx_lwdf.statistics import Statistics, origin
 from onnx_lwdf.verify import Fidelity, verify
@@ -69,13 +70,16 @@ def compress_model(source: Source, config: Config, on_layer: OnLayer) -> Compres
     """The five steps on a model that was read; the source is not changed."""
     prepared = prepare(source.model, config)
     graph, layers = prepared.graph, prepared.layers
-    preconditioned = _copy(graph.model)
-
     sites = find_sites(graph, layers, prepared.plan)
     chunks = draw_chunks(prepared.inputs, config)
-    tensors = [site.tensors[0] for site in sites] + [layer.input for layer in layers]
-    samples = synthesize(preconditioned, layers, tensors, prepared.statistics, chunks, config)
+    tensors = [name for layer in layers for name in (layer.input, layer.output)] + [site.tensors[0] for site in sites]
+    samples = synthesize(graph.model, layers, tensors, prepared.statistics, chunks, config)
     on_layer(Progress("synthesize", "", 1, 1))
+
+    rng = np.random.default_rng([config.seed, 3])
+    samples = transform_groups(graph, layers, prepared.plan, samples, rng)
+    preconditioned = graph.snapshot()
+    on_layer(Progress("precondition", "", 1, 1))
 
     grids = choose_grids(graph, layers, sites, samples, prepared.inputs, config)
     solved: list[Solved] = []

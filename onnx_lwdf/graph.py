@@ -184,6 +184,14 @@ class Graph:
         node.output[0] = follower.output[0]
         self.producer[node.output[0]] = node
 
+    def snapshot(self) -> onnx.ModelProto:
+        """A copy of the model as it is now, edits of initializers included; nodes must not be edited since the last commit."""
+        copy = onnx.ModelProto()
+        copy.CopyFrom(self.model)
+        del copy.graph.initializer[:]
+        copy.graph.initializer.extend(self.initializers.values())
+        return copy
+
     def commit(self) -> None:
         """Write the edits to the model: nodes sorted, what became useless dropped."""
         live = self._live()

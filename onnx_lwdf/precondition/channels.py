@@ -1,0 +1,104 @@
+"""Groups of tensors whose channels can be transformed together without changing the network's function.
+
+A layer's output channels may be multiplied by s > 0 and the next layer's input channels by 1/s wherever everything in
+between is positively homogeneous and acts channel by channel (Relu, pools, Add). Where it is linear (nothing but Add and
+average pools), any invertible matrix may stand in the place of s. Residual chains share one transform.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import onnx
+
+from onnx_lwdf.graph import Graph
+from onnx_lwdf.layers import Layer, output_channels, weight_of
+
+LINEAR = ("Add", "AveragePool", "GlobalAveragePool", "Flatten")
+HOMOGENEOUS = (*LINEAR, "Relu", "LeakyRelu", "MaxPool")
+
+
+@dataclass(frozen=True, slots=True)
+class ChannelGroup:
+    """Tensors with one set of channels, the layers that write and those that read them."""
+
+    tensors: tuple[str, ...]
+    producers: tuple[Layer, ...]
+    consumers: tuple[Layer, ...]
+    channels: int
+    linear: bool  # nothing but linear operators between producers and consumers
+
+
+def find_groups(graph: Graph, layers: Sequence[Layer]) -> list[ChannelGroup]:
+    """All groups, in graph order, that are written and read by these layers and touched by nothing else."""
+    members = _connected(graph, layers)
+    found = (_group(graph, layers, tensors) for tensors in members)
+    return [group for group in found if group is not None]
+
+
+def _connected(graph: Graph, layers: Sequence[Layer]) -> list[list[str]]:
+    """Tensors joined by the operators above, starting from the outputs of layers."""
+    root: dict[str, str] = {}
+
+    def find(name: str) -> str:
+        while root.setdefault(name, name) != name:
+            name = root[name]
+        return name
+
+    for node in graph.nodes:
+        if node.op_type in HOMOGENEOUS:
+            for name in node.input[:2] if node.op_type == "Add" else node.input[:1]:
+                root[find(name)] = find(node.output[0])
+    for layer in layers:
+        find(layer.output)
+    groups: dict[str, list[str]] = defaultdict(list)
+    for name in root:
+        groups[find(name)].append(name)
+    place = {name: i for i, node in enumerate(graph.nodes) for name in node.output}
+    return [sorted(group, key=lambda name: place.get(name, -1)) for group in groups.values()]
+
+
+def _group(graph: Graph, layers: Sequence[Layer], tensors: list[str]) -> ChannelGroup | None:
+    """The group of these tensors, None where something else writes or reads one of them."""
+    inside = set(tensors)
+    writers = {id(graph.producer[layer.output]): layer for layer in layers if layer.output in inside}
+    readers = {id(layer.node): layer for layer in layers if layer.input in inside}
+    operators: set[str] = set()
+    for name in tensors:
+        node = graph.producer.get(name)
+        if node is None or name in graph.outputs or name in graph.captured or not graph.consumers[name]:
+            return None
+        if id(node) not in writers:
+            if node.op_type not in HOMOGENEOUS or not _channelwise(graph, node):
+                return None
+            operators.add(node.op_type)
+        for reader in graph.consumers[name]:
+            if id(reader) not in readers and not (reader.op_type in HOMOGENEOUS and reader.output[0] in inside):
+                return None
+    producers, consumers = tuple(writers.values()), tuple(readers.values())
+    sizes = {output_channels(graph, layer) for layer in producers} | {_input_channels(graph, c) for c in consumers}
+    if not producers or not consumers or len(sizes) != 1 or any(layer.op == "MatMul" for layer in producers):
+        return None
+    return ChannelGroup(tuple(tensors), producers, consumers, sizes.pop(), operators <= set(LINEAR))
+
+
+def _channelwise(graph: Graph, node: onnx.NodeProto) -> bool:
+    """Add: both sides vary with the data. Flatten: only of a pooled tensor, whose channels are its columns."""
+    if node.op_type == "Add":
+        return all(graph.constant(name) is None for name in node.input)
+    if node.op_type == "Flatten":
+        source = graph.producer.get(node.input[0])
+        return source is not None and source.op_type == "GlobalAveragePool"
+    return True
+
+
+def _input_channels(graph: Graph, layer: Layer) -> int:
+    weight = weight_of(graph, layer)
+    kernel = 1
+    for size in layer.window.kernel if layer.window else ():
+        kernel *= size
+    if layer.op == "ConvTranspose":
+        return -1  # its input channels run along another axis; left out
+    return weight.shape[0] * weight.shape[2] // kernel

@@ -1,0 +1,239 @@
+"""Transforms of channel groups that make layers easier to quantize, taken where the predicted error falls.
+
+For a group with values t, covariance S = E[t t^T] and reading weights W, the transformed tensor is A t and the readers
+become W A^-1; the network's function stays. With G = W^T W the error of a grid on t, at the layers' outputs, is
+proportional to the range of A t squared times tr(A^-T G A^-1). For random directions it is least at
+
+    A = R M^(1/2),    M = S^-1 #_(1/2) G    (the geometric mean of S^-1 and G),    R a rotation,
+
+and the error of rounding W depends on the evenness of W A^-1 instead, which M = G serves best; the geodesic
+
+    M_t = G^(1/2) (G^(-1/2) S^-1 G^(-1/2))^t G^(1/2),    0 <= t <= 1/2
+
+joins the two. Where a Relu stands in between, A must be a positive diagonal: the same with the diagonals of S and G
+(cross-layer equalization: Nagel et al., arXiv 1906.04721). The mean of a linear group moves into the biases.
+
+Each candidate is tried on the samples: activations on the grid of least error, weights by nearest rounding, both errors
+counted at the outputs of the layers that read the group. The identity is always among the candidates.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+
+from onnx_lwdf.activations.taps import Moments, Samples
+from onnx_lwdf.graph import Graph
+from onnx_lwdf.grid import nearest, search_scale
+from onnx_lwdf.layers import Bits, Layer, bias_of, set_bias, set_weight, weight_of
+from onnx_lwdf.precondition.channels import ChannelGroup, find_groups
+from onnx_lwdf.ranges import search_grid
+from onnx_lwdf.solvers.problem import F64
+
+GEODESIC = (0.0, 0.25, 0.5)
+RIDGE = 1e-4  # of the largest eigenvalue: directions that hardly occur are not stretched without end
+MOST_ROWS = 64  # of a weight, for the prediction
+CLEAR_GAIN = 0.97  # a transform must lower the predicted error by more than the prediction's own noise
+MOST_CHANNELS = 1024  # of a matrix transform: it costs channels^3
+
+
+@dataclass(frozen=True, slots=True)
+class Transform:
+    """t -> A (t - shift); `matrix` is diagonal where it stands behind a Relu."""
+
+    matrix: F64  # [channels, channels]
+    inverse: F64
+    shift: Mapping[str, F64]  # tensor -> [channels]; empty where no mean is moved
+
+
+def transform_groups(
+    graph: Graph, layers: Sequence[Layer], plan: Mapping[str, Bits], samples: Samples, rng: np.random.Generator
+) -> Samples:
+    """Transform every channel group where that lowers the predicted error; the samples, transformed with it."""
+    for group in find_groups(graph, layers):
+        if any(plan[layer.name].activation is None for layer in group.consumers):
+            continue
+        candidates = [_identity(group), *_candidates(graph, group, samples, rng)]
+        errors = [_predicted(graph, group, plan, samples, candidate) for candidate in candidates]
+        best = int(np.argmin(errors))
+        if best and errors[best] < CLEAR_GAIN * errors[0]:
+            samples = _apply(graph, group, samples, candidates[best])
+    return samples
+
+
+def _identity(group: ChannelGroup) -> Transform:
+    return Transform(np.eye(group.channels), np.eye(group.channels), {})
+
+
+def _candidates(graph: Graph, group: ChannelGroup, samples: Samples, rng: np.random.Generator) -> list[Transform]:
+    matrix = group.linear and group.channels <= MOST_CHANNELS and all(layer.groups == 1 for layer in _layers(group))
+    shift = _shifts(graph, group, samples) if group.linear else {}
+    covariance, sensitivity = _moments(graph, group, samples, shift)
+    if not matrix:
+        covariance, sensitivity = np.diag(np.diag(covariance)), np.diag(np.diag(sensitivity))
+    covariance, sensitivity = _ridged(covariance), _ridged(sensitivity)
+    rotation = np.linalg.qr(rng.standard_normal(covariance.shape))[0] if matrix else np.eye(group.channels)
+    found = []
+    for t in GEODESIC:
+        root = _power(_geodesic(sensitivity, np.linalg.inv(covariance), t), 0.5)
+        a = rotation @ (root / np.exp(np.linalg.slogdet(root)[1] / group.channels))
+        found.append(Transform(a, np.linalg.inv(a), shift))
+    return found
+
+
+def _layers(group: ChannelGroup) -> list[Layer]:
+    return [*group.producers, *group.consumers]
+
+
+def _moments(graph: Graph, group: ChannelGroup, samples: Samples, shift: Mapping[str, F64]) -> tuple[F64, F64]:
+    """E[t t^T] behind the shift and W^T W, [channels, channels], summed over the readers, each at its output's scale."""
+    covariance, sensitivity = np.zeros((group.channels,) * 2), np.zeros((group.channels,) * 2)
+    for layer in group.consumers:
+        values = samples.values[layer.input].astype(np.float64)
+        values = values - shift.get(layer.input, np.zeros(group.channels))[:, None]
+        covariance += values @ values.T / values.shape[1]
+        weight = _by_channel(weight_of(graph, layer), group.channels)  # [rows, channels]
+        sensitivity += weight.T @ weight / _output_power(graph, layer, samples)
+    return covariance / len(group.consumers), sensitivity
+
+
+def _by_channel(weight: F64, channels: int) -> F64:
+    """A canonical weight [groups, out, in] as [rows, channels]: one column per input channel; groups are disjoint."""
+    groups, out, _ = weight.shape
+    split = weight.reshape(groups, out, -1, channels // groups)  # [groups, out, kernel, channels / groups]
+    if groups == 1:
+        return split.reshape(-1, channels)
+    return split.transpose(1, 2, 0, 3).reshape(-1, channels)
+
+
+def _output_power(graph: Graph, layer: Layer, samples: Samples) -> float:
+    """E |W x|^2 of the layer around its mean, to weigh layers against each other."""
+    moments, weight = samples.moments[layer.name], weight_of(graph, layer)
+    centered = moments.hessian - moments.mean[:, :, None] * moments.mean[:, None, :]
+    return float(max(np.einsum("goi,goi->", weight @ centered, weight), np.finfo(np.float64).tiny))
+
+
+def _shifts(graph: Graph, group: ChannelGroup, samples: Samples) -> dict[str, F64]:
+    """The mean of every tensor of a linear group; empty where a reader pads (a shifted zero would not be zero)."""
+    for layer in group.consumers:
+        if layer.window is not None and (layer.window.pads is None or any(layer.window.pads)):
+            return {}
+    means = {layer.output: samples.values[layer.output].mean(1, dtype=np.float64) for layer in group.producers}
+    for name in group.tensors:
+        if name not in means:
+            sources = graph.producer[name].input
+            if any(source not in means for source in sources):
+                return {}
+            means[name] = np.sum([means[source] for source in sources], axis=0)
+    return means
+
+
+def _ridged(matrix: F64) -> F64:
+    return matrix + RIDGE * float(np.linalg.eigvalsh(matrix)[-1] + np.finfo(np.float64).tiny) * np.eye(len(matrix))
+
+
+def _power(matrix: F64, exponent: float) -> F64:
+    values, vectors = np.linalg.eigh((matrix + matrix.T) / 2)
+    return np.asarray((vectors * np.maximum(values, np.finfo(np.float64).tiny) ** exponent) @ vectors.T)
+
+
+def _geodesic(start: F64, end: F64, t: float) -> F64:
+    root, inverse = _power(start, 0.5), _power(start, -0.5)
+    return np.asarray(root @ _power(inverse @ end @ inverse, t) @ root)
+
+
+def _predicted(
+    graph: Graph, group: ChannelGroup, plan: Mapping[str, Bits], samples: Samples, transform: Transform
+) -> float:
+    """Relative error at the readers' outputs: their grids, their weights, and the writers' weights seen through them."""
+    total, seen = 0.0, np.zeros(group.channels)
+    for layer in group.consumers:
+        power = _output_power(graph, layer, samples)
+        weight = _transformed_reader(weight_of(graph, layer), transform.inverse)
+        moments = _transformed_moments(samples.moments[layer.name], transform, layer.input)
+        values = _transformed_values(samples.values[layer.input], transform, layer.input)
+        energy = (_by_channel(weight, group.channels) ** 2).sum(0)
+        bits = plan[layer.name]
+        grid = search_grid(values.ravel(), np.repeat(energy, values.shape[1]), bits.activation or 8)
+        error = ((grid.quantize(values) - values) ** 2).mean(1)
+        total += float(error @ energy + _rounding(weight, moments.hessian, bits.weight).sum()) / power
+        seen += energy / power
+    for layer in group.producers:
+        weight = _transformed_writer(weight_of(graph, layer), transform.matrix)
+        total += float(seen @ _rounding(weight, samples.moments[layer.name].hessian, plan[layer.name].weight).ravel())
+    return total
+
+
+def _rounding(weight: F64, hessian: F64, bits: int) -> F64:
+    """Predicted loss of every output channel, [groups, out], by nearest rounding without correlations.
+
+    Rows are sampled where there are many, and their mean stands for the others.
+    """
+    rows = weight[:, :: max(1, -(-weight.shape[1] // MOST_ROWS))]
+    importance = np.einsum("gii->gi", hessian)
+    scale = search_scale(rows, importance, bits, None, np.zeros(rows.shape[:2]))
+    error = np.einsum("goi,gi->go", (nearest(rows, scale, bits) * scale[..., None] - rows) ** 2, importance)
+    if rows.shape[1] == weight.shape[1]:
+        return error
+    return np.broadcast_to(error.mean(1, keepdims=True), weight.shape[:2])
+
+
+def _transformed_reader(weight: F64, inverse: F64) -> F64:
+    """[groups, out, in] -> W A^-1 at every kernel position."""
+    groups, out, _ = weight.shape
+    channels = len(inverse) // groups
+    split = weight.reshape(groups, out, -1, channels)
+    if groups == 1:
+        return (split @ inverse).reshape(weight.shape)
+    return (split * np.diag(inverse).reshape(groups, 1, 1, channels)).reshape(weight.shape)
+
+
+def _transformed_writer(weight: F64, matrix: F64) -> F64:
+    """[groups, out, in] -> A W."""
+    if weight.shape[0] == 1:
+        return (matrix @ weight[0])[None]
+    return weight * np.diag(matrix).reshape(weight.shape[0], -1, 1)
+
+
+def _transformed_values(values: np.ndarray, transform: Transform, tensor: str) -> F64:
+    shift = transform.shift.get(tensor, np.zeros(len(transform.matrix)))
+    return transform.matrix @ (values.astype(np.float64) - shift[:, None])
+
+
+def _transformed_moments(moments: Moments, transform: Transform, tensor: str) -> Moments:
+    """Moments of the patches whose channels are A (t - shift)."""
+    groups, inputs = moments.mean.shape
+    channels = len(transform.matrix) // groups
+    kernel = inputs // channels
+    if groups > 1:  # diagonal, and without a shift: such a reader pads or stands behind a Relu
+        factor = np.tile(np.diag(transform.matrix).reshape(groups, 1, channels), (1, kernel, 1)).reshape(groups, inputs)
+        return Moments(moments.mean * factor, moments.hessian * factor[:, :, None] * factor[:, None, :])
+    shift = np.tile(transform.shift.get(tensor, np.zeros(channels)), kernel)  # [in]
+    mean, hessian = moments.mean[0], moments.hessian[0]
+    centered = hessian - np.outer(shift, mean) - np.outer(mean, shift) + np.outer(shift, shift)
+    full = np.kron(np.eye(kernel), transform.matrix)
+    return Moments((full @ (mean - shift))[None], (full @ centered @ full.T)[None])
+
+
+def _apply(graph: Graph, group: ChannelGroup, samples: Samples, transform: Transform) -> Samples:
+    """Write the transform into the weights and biases, and into the samples."""
+    a, shift = transform.matrix, transform.shift
+    for layer in group.producers:
+        moved = bias_of(graph, layer) - shift.get(layer.output, np.zeros(group.channels))
+        set_weight(graph, layer, _transformed_writer(weight_of(graph, layer), a))
+        set_bias(graph, layer, a @ moved)
+    moments = dict(samples.moments)
+    for layer in group.consumers:
+        weight = weight_of(graph, layer)
+        if layer.input in shift:
+            taken = _by_channel(weight, group.channels) @ shift[layer.input]  # [out], the reader is pointwise
+            set_bias(graph, layer, bias_of(graph, layer) + taken.reshape(weight.shape[1], -1).sum(1))
+        set_weight(graph, layer, _transformed_reader(weight, transform.inverse))
+        moments[layer.name] = _transformed_moments(moments[layer.name], transform, layer.input)
+    values = dict(samples.values)
+    for name in group.tensors:
+        if name in values:
+            values[name] = _transformed_values(values[name], transform, name).astype(np.float32)
+    return replace(samples, moments=moments, values=values)
