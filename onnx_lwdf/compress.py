@@ -19,6 +19,7 @@ from onnx_lwdf.layers import Bits, Layer, Skipped, find_layers, from_canonical, 
 from onnx_lwdf.layerwise import Solved, choose_grids, solve_layers
 from onnx_lwdf.model_io import Source, fix_initializers, raise_opset
 from onnx_lwdf.plan import plan_bits
+from onnx_lwdf.precondition.channels import find_groups
 from onnx_lwdf.precondition.fold import fold
 from onnx_lwdf.precondition.transform import transform_groups
 from onnx_lwdf.sites import Site, find_sites
@@ -72,12 +73,17 @@ def compress_model(source: Source, config: Config, on_layer: OnLayer) -> Compres
     graph, layers = prepared.graph, prepared.layers
     sites = find_sites(graph, layers, prepared.plan)
     chunks = draw_chunks(prepared.inputs, config)
-    tensors = [name for layer in layers for name in (layer.input, layer.output)] + [site.tensors[0] for site in sites]
+    groups = find_groups(graph, layers)
+    tensors = [
+        *(layer.input for layer in layers),
+        *(site.tensors[0] for site in sites),
+        *(layer.output for group in groups for layer in group.producers),
+    ]
     samples = synthesize(graph.model, layers, tensors, prepared.statistics, chunks, config)
     on_layer(Progress("synthesize", "", 1, 1))
 
     rng = np.random.default_rng([config.seed, 3])
-    samples = transform_groups(graph, layers, prepared.plan, samples, rng)
+    samples = transform_groups(graph, groups, prepared.plan, samples, rng)
     preconditioned = graph.snapshot()
     on_layer(Progress("precondition", "", 1, 1))
 

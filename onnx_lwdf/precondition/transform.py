@@ -13,8 +13,8 @@ and the error of rounding W depends on the evenness of W A^-1 instead, which M =
 joins the two. Where a Relu stands in between, A must be a positive diagonal: the same with the diagonals of S and G
 (cross-layer equalization: Nagel et al., arXiv 1906.04721). The mean of a linear group moves into the biases.
 
-Each candidate is tried on the samples: activations on the grid of least error, weights by nearest rounding, both errors
-counted at the outputs of the layers that read the group. The identity is always among the candidates.
+Each candidate is tried on the samples: activations on the grid of least error, weights by second-order rounding, both
+errors counted at the outputs of the layers that read the group. The identity is always among the candidates.
 """
 
 from __future__ import annotations
@@ -28,12 +28,13 @@ from onnx_lwdf.activations.taps import Moments, Samples
 from onnx_lwdf.graph import Graph
 from onnx_lwdf.grid import nearest, search_scale
 from onnx_lwdf.layers import Bits, Layer, bias_of, set_bias, set_weight, weight_of
-from onnx_lwdf.precondition.channels import ChannelGroup, find_groups
+from onnx_lwdf.precondition.channels import ChannelGroup
 from onnx_lwdf.ranges import search_grid
+from onnx_lwdf.solvers.gptq import conditional_variances
 from onnx_lwdf.solvers.problem import F64
 
 GEODESIC = (0.0, 0.25, 0.5)
-RIDGE = 1e-4  # of the largest eigenvalue: directions that hardly occur are not stretched without end
+RIDGE = 1e-3  # of the largest eigenvalue: directions that hardly occur are not stretched without end
 MOST_ROWS = 64  # of a weight, for the prediction
 CLEAR_GAIN = 0.97  # a transform must lower the predicted error by more than the prediction's own noise
 MOST_CHANNELS = 1024  # of a matrix transform: it costs channels^3
@@ -49,10 +50,10 @@ class Transform:
 
 
 def transform_groups(
-    graph: Graph, layers: Sequence[Layer], plan: Mapping[str, Bits], samples: Samples, rng: np.random.Generator
+    graph: Graph, groups: Sequence[ChannelGroup], plan: Mapping[str, Bits], samples: Samples, rng: np.random.Generator
 ) -> Samples:
     """Transform every channel group where that lowers the predicted error; the samples, transformed with it."""
-    for group in find_groups(graph, layers):
+    for group in groups:
         if any(plan[layer.name].activation is None for layer in group.consumers):
             continue
         candidates = [_identity(group), *_candidates(graph, group, samples, rng)]
@@ -167,12 +168,12 @@ def _predicted(
 
 
 def _rounding(weight: F64, hessian: F64, bits: int) -> F64:
-    """Predicted loss of every output channel, [groups, out], by nearest rounding without correlations.
+    """Predicted loss of every output channel, [groups, out], by second-order rounding.
 
     Rows are sampled where there are many, and their mean stands for the others.
     """
     rows = weight[:, :: max(1, -(-weight.shape[1] // MOST_ROWS))]
-    importance = np.einsum("gii->gi", hessian)
+    importance = conditional_variances(hessian)
     scale = search_scale(rows, importance, bits, None, np.zeros(rows.shape[:2]))
     error = np.einsum("goi,gi->go", (nearest(rows, scale, bits) * scale[..., None] - rows) ** 2, importance)
     if rows.shape[1] == weight.shape[1]:
@@ -232,8 +233,6 @@ def _apply(graph: Graph, group: ChannelGroup, samples: Samples, transform: Trans
             set_bias(graph, layer, bias_of(graph, layer) + taken.reshape(weight.shape[1], -1).sum(1))
         set_weight(graph, layer, _transformed_reader(weight, transform.inverse))
         moments[layer.name] = _transformed_moments(moments[layer.name], transform, layer.input)
-    values = dict(samples.values)
-    for name in group.tensors:
-        if name in values:
-            values[name] = _transformed_values(values[name], transform, name).astype(np.float32)
-    return replace(samples, moments=moments, values=values)
+    seen = set(group.tensors) & samples.values.keys()
+    changed = {name: _transformed_values(samples.values[name], transform, name).astype(np.float32) for name in seen}
+    return replace(samples, moments=moments, values={**samples.values, **changed})

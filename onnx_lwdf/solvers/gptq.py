@@ -74,6 +74,18 @@ def _inverse_factor(hessian: F64, damping: float) -> F64 | None:
     return factor if np.isfinite(factor).all() else None
 
 
+def conditional_variances(hessian: F64) -> F64:
+    """1 / U[j, j]^2 of every input, [groups, in]: what a rounding error costs once the later columns carried it.
+
+    The diagonal of H is what it costs by nearest rounding; here in the order of columns, so only fit for sums.
+    """
+    order = np.argsort(-np.einsum("gii->gi", hessian), axis=1, kind="stable")
+    factor = _inverse_factor(np.take_along_axis(np.take_along_axis(hessian, order[:, :, None], 1), order[:, None, :], 2), DAMPING)
+    if factor is None:
+        return np.asarray(np.einsum("gii->gi", hessian))
+    return np.asarray(np.take_along_axis(1 / np.einsum("gii->gi", factor) ** 2, np.argsort(order, axis=1), 1))
+
+
 def _pairs(problem: LayerProblem, order: npt.NDArray[np.int64]) -> _Pairs | None:
     if problem.pair_limit is None:
         return None
