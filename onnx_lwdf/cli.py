@@ -2,249 +2,64 @@
 
 from __future__ import annotations
 
+import io
+import math
+import os
 import sys
 import traceback
-from collections.abc import Callable
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import click
-from rich.console import Console
+from rich.console import Console, JustifyMethod
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 from rich.table import Table
+from rich.text import Text
 
-import onnx_lwdf
+from onnx_lwdf import api
 from onnx_lwdf import report as reports
 from onnx_lwdf.activations.sources import SOURCES
 from onnx_lwdf.compress import Progress as Step
 from onnx_lwdf.config import BITS, TARGETS
 from onnx_lwdf.emit import FORMATS
 from onnx_lwdf.errors import LwdfError, OptionError
-from onnx_lwdf.report import COLUMNS, Report
+from onnx_lwdf.model_io import TOOL, tool_version
+from onnx_lwdf.report import COLUMNS, NUMERIC_COLUMNS, Report, printable
 from onnx_lwdf.solvers import SOLVERS
 
 INTERRUPTED = 130
-UNLIMITED_WIDTH = 10_000  # of a table that is not shown on a terminal: nothing is cut off
-NUMERIC_COLUMNS = ("SQNR dB", "bytes")
+UNLIMITED_WIDTH = 10_000  # of a table that is not shown on a terminal: nothing is cut off or folded
+FOLDED_COLUMNS = ("layer", "note")  # the first to give way on a narrow terminal
+BESIDE_CHECK = ("models", "check", "quiet", "verbose", "no_progress")  # parameters that --check reads or may ignore
 
 
-class _Pairs(click.ParamType):
-    """NAME=VALUE or NAME:VALUE, the separator the last one in the text."""
+class _Command(click.Command):
+    """Every failure is one line on stderr and its exit code."""
 
-    def __init__(self, separator: str, convert: Callable[[str], Any], metavar: str) -> None:
-        self.separator, self.read, self.name = separator, convert, metavar
-
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
-        if isinstance(value, tuple):
-            return value
-        name, found, text = value.rpartition(self.separator)
+    def main(self, *args: Any, **extra: Any) -> Any:
+        if isinstance(sys.stdout, io.TextIOWrapper):
+            sys.stdout.reconfigure(errors="backslashreplace")  # a name that stdout's encoding lacks is no failure
         try:
-            if not (found and name):
-                raise ValueError
-            return name, self.read(text)
-        except ValueError:
-            self.fail(f"{value!r} is not {self.name}", param, ctx)
+            code = super().main(*args, **{**extra, "standalone_mode": False}) or 0
+        except click.Abort:
+            click.echo("interrupted", err=True)
+            code = INTERRUPTED
+        except Exception as error:
+            click.echo(f"error: {_line(error)}", err=True)
+            code = error.exit_code if isinstance(error, LwdfError | click.ClickException) else 1
+        sys.exit(code)
 
-
-class _Numbers(click.ParamType):
-    """Comma-separated numbers."""
-
-    name = "NUMBERS"
-
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
-        if isinstance(value, tuple):
-            return value
+    def invoke(self, ctx: click.Context) -> Any:
         try:
-            return tuple(float(part) for part in value.split(","))
-        except ValueError:
-            self.fail(f"{value!r} is not a list of numbers such as 0.5,0.5,0.5", param, ctx)
-
-
-class _Bits(click.ParamType):
-    """A number of bits, or "float"."""
-
-    name = "N|float"
-
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
-        if value == "float" or isinstance(value, int):
-            return value
-        try:
-            return int(value)
-        except ValueError:
-            self.fail(f"{value!r} is neither a number nor 'float'", param, ctx)
-
-
-def _shape(text: str) -> tuple[int, ...]:
-    return tuple(int(size) for size in text.split(","))
-
-
-@click.command(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
-@click.argument("models", metavar="MODEL.onnx", nargs=-1, required=True, type=click.Path(path_type=Path))
-@click.option("-o", "--output", type=click.Path(path_type=Path), help="Where to write; MODEL.w8a8.onnx if not given.")
-@click.option("-b", "--bits", default=8, show_default=True, help="Bits of weights and activations, 2 to 8.")
-@click.option("--weight-bits", type=int, help="Bits of weights alone.")
-@click.option("--activation-bits", type=_Bits(), help="Bits of activations alone; float compresses weights only.")
-@click.option(
-    "--bits-for",
-    multiple=True,
-    type=_Pairs("=", int, "PATTERN=N"),
-    help="Bits of the layers whose name or operator matches a glob; repeatable.",
-)
-@click.option(
-    "--keep-first-last/--no-keep-first-last",
-    default=None,
-    help="First and last layer stay at 8 bits; on below 8 bits.",
-)
-@click.option("--method", default="auto", show_default=True, type=click.Choice(["auto", *SOLVERS]))
-@click.option(
-    "--activations-from",
-    default="aligned",
-    show_default=True,
-    metavar="|".join(key for key in SOURCES if key != "data") + "|PATH",
-    help="Where layer inputs come from; a PATH is a folder of images, .npy or .npz.",
-)
-@click.option("--format", default="auto", show_default=True, type=click.Choice(["auto", *FORMATS]))
-@click.option("--target", default="generic", show_default=True, type=click.Choice(list(TARGETS)))
-@click.option("-x", "--exclude", multiple=True, metavar="PATTERN", help="Leave these layers alone; repeatable.")
-@click.option(
-    "--input-shape",
-    multiple=True,
-    type=_Pairs(":", _shape, "NAME:DIMS"),
-    help="Where the model leaves it open, e.g. x:1,3,224,224; repeatable.",
-)
-@click.option("--input-range", type=_Numbers(), metavar="LO,HI", help="Values of the darkest and brightest pixel.")
-@click.option("--input-mean", type=_Numbers(), help="Per channel, pixels on the 0..255 scale.")
-@click.option("--input-std", type=_Numbers(), help="Per channel, pixels on the 0..255 scale.")
-@click.option("--fail-under", type=float, metavar="DB", help="Exit 3 where an output's SQNR is below.")
-@click.option("--report", "report_paths", multiple=True, type=click.Path(path_type=Path), help="x.json or x.md.")
-@click.option("--json", "as_json", is_flag=True, help="The report as JSON on stdout, nothing else.")
-@click.option("-j", "--jobs", type=int, help="Layers in parallel; all cores if not given.")
-@click.option("--samples", default=64, show_default=True, help="Synthetic inputs.")
-@click.option("--seed", default=0, show_default=True)
-@click.option("-n", "--dry-run", is_flag=True, help="Only list what would be done to each layer.")
-@click.option("--check", is_flag=True, help="Verify files that this tool wrote.")
-@click.option("--save-as-external-data", is_flag=True, help="Weights in a file of their own.")
-@click.option("--force", is_flag=True, help="Replace an existing output.")
-@click.option("-q", "--quiet", is_flag=True, help="Nothing on stdout but what --json asks for.")
-@click.option("-v", "--verbose", is_flag=True, help="A traceback behind an error.")
-@click.option("--no-progress", is_flag=True)
-@click.version_option(onnx_lwdf.__version__, "-V", "--version", prog_name="onnx-lwdf")
-def command(models: tuple[Path, ...], check: bool, **options: Any) -> None:
-    """Compress a trained CNN, without data: smaller, faster, with the same answers."""
-    if check:
-        _check(models)
-        return
-    if len(models) != 1:
-        raise OptionError(f"one model at a time, not {len(models)}; only --check takes several")
-    _compress(models[0], options)
-
-
-def _compress(model: Path, options: dict[str, Any]) -> None:
-    """The main job and the dry run; `options` are click's, by the names of the parameters above."""
-    printing = {name: options.pop(name) for name in ("report_paths", "as_json", "quiet", "verbose", "no_progress")}
-    dry, output, force = options.pop("dry_run"), options.pop("output"), options.pop("force")
-    for path in printing["report_paths"]:
-        reports.check_path(path)
-    options["bits_for"], options["input_shape"] = dict(options["bits_for"]), dict(options["input_shape"])
-    if options["input_range"] is not None and len(options["input_range"]) != 2:
-        raise OptionError("input-range needs two numbers, LO,HI")
-    config = onnx_lwdf.api.configure(**options)
-    if dry:
-        _show(onnx_lwdf.inspect(model, config), printing)
-        return
-    target = output or model.with_name(f"{model.stem}.{config.bits_name}.onnx")
-    failed: onnx_lwdf.Gate | None = None
-    try:
-        with _Bar(shown=not (printing["quiet"] or printing["no_progress"])) as bar:
-            result = onnx_lwdf.api.compress_with(config, model, target, force=force, on_layer=bar.step)
-    except onnx_lwdf.Gate as gate:
-        failed, result = gate, gate.result
-    _show(result.report, printing)
-    if failed is not None:
-        raise failed
-
-
-class _Bar:
-    """Progress on stderr, only on a terminal."""
-
-    def __init__(self, shown: bool) -> None:
-        console = Console(stderr=True)
-        columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn()
-        self.progress = Progress(*columns, console=console, transient=True, disable=not (shown and console.is_terminal))
-        self.task = self.progress.add_task("synthesize", total=1)
-
-    def __enter__(self) -> _Bar:
-        self.progress.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.progress.stop()
-
-    def step(self, step: Step) -> None:
-        text = f"{step.stage} {step.name}".strip()
-        self.progress.update(self.task, description=text, completed=step.done, total=step.total)
-
-
-def _show(report: Report, printing: dict[str, Any]) -> None:
-    for path in printing["report_paths"]:
-        reports.write(report, path)
-    for text in report.warnings:
-        click.echo(f"warning: {text}", err=True)
-    if printing["as_json"]:
-        click.echo(report.to_json(), nl=False)
-    elif not printing["quiet"]:
-        console = Console(soft_wrap=True)
-        if not console.is_terminal:
-            console = Console(width=UNLIMITED_WIDTH)
-        console.print(_table(report))
-        click.echo(report.summary())
-        if report.output["path"] is not None:
-            click.echo(f"wrote {report.output['path']}")
-
-
-def _table(report: Report) -> Table:
-    table = Table(box=None, pad_edge=False)
-    for name in COLUMNS:
-        table.add_column(name, justify="right" if name in NUMERIC_COLUMNS else "left", overflow="fold")
-    for row in report.rows():
-        table.add_row(*(cell.replace("[", "\\[") for cell in row))
-    return table
-
-
-def _check(paths: tuple[Path, ...]) -> None:
-    failed = 0
-    for path in paths:
-        problems = onnx_lwdf.check(path)
-        failed += bool(problems)
-        for problem in problems:
-            click.echo(f"failed {path}: {problem}")
-        if not problems:
-            click.echo(f"ok {path}")
-    if failed:
-        raise LwdfError(f"{failed} of {len(paths)} files failed the check; compress them again")
-
-
-def main() -> None:
-    """The console script: every failure is one line on stderr and its exit code."""
-    verbose = any(word in ("-v", "--verbose") for word in sys.argv[1:])
-    try:
-        command(standalone_mode=False)
-        sys.stdout.flush()
-        code = 0
-    except click.exceptions.Exit as stop:
-        code = stop.exit_code
-    except (KeyboardInterrupt, click.Abort):
-        click.echo("error: interrupted; nothing was written", err=True)
-        code = INTERRUPTED
-    except BrokenPipeError:  # the reader of stdout went away, for example `| head`
-        sys.stderr.close()
-        code = 0
-    except Exception as error:
-        if verbose:
-            traceback.print_exc()
-        click.echo(f"error: {_line(error)}", err=True)
-        code = _exit_code(error)
-    sys.exit(code)
+            return super().invoke(ctx)
+        except KeyboardInterrupt as stop:
+            raise click.Abort from stop
+        except Exception:
+            if ctx.params["verbose"]:
+                traceback.print_exc()
+            raise
 
 
 def _line(error: Exception) -> str:
@@ -252,17 +67,277 @@ def _line(error: Exception) -> str:
     if isinstance(error, LwdfError):
         text = str(error)
     elif isinstance(error, click.ClickException):
-        text = f"{error.format_message()}; see onnx-lwdf --help"
+        text = f"{error.format_message().rstrip('.')}; see {TOOL} --help"
     elif isinstance(error, MemoryError):
-        text = "out of memory; use fewer --samples or a smaller --input-shape"
+        text = "out of memory; use fewer --samples, fewer --jobs or a smaller --input-shape"
     elif isinstance(error, OSError):
-        text = f"{error.filename or 'file'}: {error.strerror or error}"
+        text = (f"{error.filename}: " if error.filename else "") + (error.strerror or str(error))
     else:
-        text = f"internal: {type(error).__name__}: {error}; run again with -v and report the traceback"
-    return " ".join(text.split())
+        text = f"internal: {type(error).__name__}: {error}; run again with -v for the traceback and report it"
+    return printable(" ".join(text.split()))
 
 
-def _exit_code(error: Exception) -> int:
-    if isinstance(error, LwdfError | click.ClickException):
-        return error.exit_code
-    return 1
+def _pattern_bits(text: str) -> tuple[str, int]:
+    pattern, _, bits = text.rpartition("=")
+    if not (pattern and bits.isdecimal()):
+        raise click.BadParameter(f"{text!r} is not PATTERN=N, such as '*/head/*=8'.")
+    return pattern, int(bits)
+
+
+def _name_shape(text: str) -> tuple[str, tuple[int, ...]]:
+    name, _, dims = text.rpartition(":")
+    sizes = dims.split(",")
+    if not (name and all(size.strip().isdecimal() and int(size) for size in sizes)):
+        raise click.BadParameter(f"{text!r} is not NAME:DIMS, such as x:1,3,224,224.")
+    return name, tuple(int(size) for size in sizes)
+
+
+def _number(text: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        value = math.nan
+    if not math.isfinite(value):
+        raise click.BadParameter(f"{text!r} is not a number.")
+    return value
+
+
+def _numbers(text: str) -> tuple[float, ...]:
+    return tuple(_number(part) for part in text.split(","))
+
+
+def _range(text: str) -> tuple[float, ...]:
+    numbers = _numbers(text)
+    if len(numbers) != 2:
+        raise click.BadParameter(f"{text!r} is not LO,HI, such as -1,1.")
+    return numbers
+
+
+def _activation_bits(text: str) -> int | str:
+    if not (text == api.FLOAT or text.isdecimal()):
+        raise click.BadParameter(f"{text!r} is neither a number nor {api.FLOAT!r}.")
+    return text if text == api.FLOAT else int(text)
+
+
+_PATH = click.Path(path_type=Path)
+_SOME_BITS = click.IntRange(BITS.start, BITS.stop - 1)
+
+
+@click.command(TOOL, cls=_Command, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
+@click.argument("models", metavar="MODEL.onnx", nargs=-1, required=True, type=_PATH)
+@click.option(
+    "-o", "--output", type=_PATH, help="Where to write. [default: beside MODEL, as MODEL.w6a6.onnx at 6 bits]"
+)
+@click.option(
+    "-b", "--bits", type=_SOME_BITS, metavar="N", default=8, show_default=True, help="Bits of weights and activations."
+)
+@click.option("--weight-bits", type=_SOME_BITS, metavar="N", help="Bits of weights alone.")
+@click.option(
+    "--activation-bits",
+    type=_activation_bits,
+    metavar="N|float",
+    help="Bits of activations alone; float compresses the weights only.",
+)
+@click.option(
+    "--bits-for",
+    multiple=True,
+    type=_pattern_bits,
+    metavar="PATTERN=N",
+    help="Bits of the layers whose name or operator matches a glob, such as '*/head/*=8'; repeatable.",
+)
+@click.option(
+    "--keep-first-last/--no-keep-first-last",
+    default=None,
+    help="First and last layer stay at 8 bits. [default: on below 8 bits]",
+)
+@click.option(
+    "--method",
+    default="auto",
+    show_default=True,
+    type=click.Choice(["auto", *SOLVERS]),
+    help="How the rounded weights are found.",
+)
+@click.option(
+    "--activations-from",
+    default="aligned",
+    show_default=True,
+    metavar="|".join(key for key, align in SOURCES.items() if align is not None) + "|PATH",
+    help="Where layer inputs come from; a PATH is a folder of images, .npy or .npz.",
+)
+@click.option(
+    "--format", default="auto", show_default=True, type=click.Choice(["auto", *FORMATS]), help="How weights are stored."
+)
+@click.option(
+    "--target",
+    default="generic",
+    show_default=True,
+    type=click.Choice(list(TARGETS)),
+    help="The processor whose integer kernels run the file.",
+)
+@click.option("-x", "--exclude", multiple=True, metavar="PATTERN", help="Leave these layers alone; repeatable.")
+@click.option(
+    "--input-shape",
+    multiple=True,
+    type=_name_shape,
+    metavar="NAME:DIMS",
+    help="Where the model leaves it open, such as x:1,3,224,224; repeatable.",
+)
+@click.option("--input-range", type=_range, metavar="LO,HI", help="Values of the darkest and brightest pixel.")
+@click.option("--input-mean", type=_numbers, metavar="NUMBERS", help="Per channel, of pixels on the 0..255 scale.")
+@click.option("--input-std", type=_numbers, metavar="NUMBERS", help="Per channel, of pixels on the 0..255 scale.")
+@click.option("--fail-under", type=_number, metavar="DB", help="Exit 3 where an output's SQNR is below; still written.")
+@click.option(
+    "--report",
+    "report_paths",
+    multiple=True,
+    type=_PATH,
+    help=f"Write the report too, in the format of the suffix: {' or '.join(reports.WRITERS)}; repeatable.",
+)
+@click.option("--json", "as_json", is_flag=True, help="The report as JSON on stdout, nothing else.")
+@click.option("-j", "--jobs", type=click.IntRange(min=1), metavar="N", help="Layers in parallel. [default: all cores]")
+@click.option(
+    "--samples", type=click.IntRange(min=1), metavar="N", default=64, show_default=True, help="Synthetic inputs."
+)
+@click.option(
+    "--seed", type=click.IntRange(min=0), metavar="N", default=0, show_default=True, help="Of the synthetic inputs."
+)
+@click.option("-n", "--dry-run", is_flag=True, help="Only list what would be done to each layer.")
+@click.option("--check", is_flag=True, help="Verify files that this tool wrote, any number of them.")
+@click.option("--save-as-external-data", is_flag=True, help="Weights in a file of their own.")
+@click.option("--force", is_flag=True, help="Replace an existing output.")
+@click.option("-q", "--quiet", is_flag=True, help="No table, summary or progress; with --check, failures only.")
+@click.option("-v", "--verbose", is_flag=True, help="A traceback before an error's line.")
+@click.option("--no-progress", is_flag=True, help="No progress bar. Without a terminal there is none.")
+@click.version_option(tool_version(), "-V", "--version", prog_name=TOOL, message="%(prog)s %(version)s")
+@click.pass_context
+def command(ctx: click.Context, /, models: tuple[Path, ...], check: bool, **options: Any) -> None:
+    """Compress a trained CNN, without data: smaller, faster, with the same answers."""
+    if check:
+        _refuse_beside_check(ctx)
+        _check(models, quiet=options["quiet"])
+        return
+    if len(models) != 1:
+        raise OptionError(f"{len(models)} models were given; give one, only --check takes several")
+    _compress(models[0], options)
+
+
+@dataclass(frozen=True, slots=True)
+class _Showing:
+    """What of the report goes where."""
+
+    report_paths: Sequence[Path]
+    as_json: bool
+    quiet: bool
+    progress: bool
+
+    def show(self, report: Report) -> None:
+        for text in report.warnings:
+            click.echo(f"warning: {printable(text)}", err=True)
+        if self.as_json:
+            _print(report.to_json())
+        elif not self.quiet:
+            _print(f"{_table(report)}{report.summary()}\n")
+        for path in self.report_paths:
+            reports.write(report, path)
+
+
+def _compress(model: Path, options: dict[str, Any]) -> None:
+    """The main job and the dry run; what is left of `options` after ours are the words of `api.configure`."""
+    no_progress, _ = options.pop("no_progress"), options.pop("verbose")
+    paths, as_json, quiet = (options.pop(name) for name in ("report_paths", "as_json", "quiet"))
+    dry_run, output, force = (options.pop(name) for name in ("dry_run", "output", "force"))
+    showing = _Showing(paths, as_json, quiet, progress=not (quiet or no_progress))
+    for path in paths:
+        reports.check_path(path)  # before the work, not after it
+    config = api.configure(
+        **options | {"bits_for": dict(options["bits_for"]), "input_shape": dict(options["input_shape"])}
+    )
+    if dry_run:
+        showing.show(api.inspect(model, config))
+        return
+    target = output or model.parent / f"{model.stem}.{config.bits_name}.onnx"
+    try:
+        with _Bar(showing.progress) as bar:
+            result = api.compress_with(config, model, target, force=force, on_layer=bar.step)
+    except api.Gate as gate:
+        showing.show(gate.result.report)
+        raise
+    showing.show(result.report)
+
+
+class _Bar:
+    """Progress on stderr, only on a terminal."""
+
+    def __init__(self, wanted: bool) -> None:
+        console = Console(stderr=True)
+        shown = wanted and sys.stderr.isatty() and not console.is_dumb_terminal
+        columns = TextColumn("{task.description}", markup=False), BarColumn(), MofNCompleteColumn()
+        self._progress = Progress(*columns, console=console, transient=True, disable=not shown)
+        self._task = self._progress.add_task("read", total=1)
+
+    def __enter__(self) -> _Bar:
+        self._progress.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._progress.stop()
+
+    def step(self, step: Step) -> None:
+        text = printable(f"{step.stage} {step.name}".strip())
+        self._progress.update(self._task, description=text, completed=step.done, total=step.total)
+
+
+def _table(report: Report) -> str:
+    """The layers in columns that fit the terminal; in lines as long as they are where stdout is none."""
+    table = Table(box=None, pad_edge=False)
+    for name in COLUMNS:
+        justify: JustifyMethod = "right" if name in NUMERIC_COLUMNS else "left"
+        table.add_column(name, justify=justify, overflow="fold", no_wrap=name not in FOLDED_COLUMNS)
+    for row in report.rows():
+        table.add_row(*map(Text, row))
+    console = Console() if sys.stdout.isatty() else Console(width=UNLIMITED_WIDTH, force_terminal=False)
+    with console.capture() as captured:
+        console.print(table)
+    return "".join(f"{line.rstrip()}\n" for line in captured.get().splitlines())
+
+
+def _refuse_beside_check(ctx: click.Context) -> None:
+    for parameter in ctx.command.params:
+        name = parameter.name or ""
+        given = ctx.get_parameter_source(name) is click.core.ParameterSource.COMMANDLINE
+        if given and name not in BESIDE_CHECK:
+            raise OptionError(f"{max(parameter.opts, key=len)} does not go with --check; leave one of them out")
+
+
+def _check(paths: Sequence[Path], quiet: bool) -> None:
+    failed = 0
+    for path in paths:
+        problems = _problems(path)
+        failed += bool(problems)
+        if problems or not quiet:
+            _print(printable(f"failed {path}: {'; '.join(problems)}" if problems else f"ok {path}") + "\n")
+    if failed:
+        raise LwdfError(f"{failed} of {len(paths)} files failed the check; compress their originals again")
+
+
+def _problems(path: Path) -> tuple[str, ...]:
+    try:
+        return api.check(path)
+    except LwdfError as error:
+        return (str(error).removeprefix(f"{path}: "),)
+
+
+def _print(text: str) -> None:
+    """To stdout, at once. Where its reader went away, for example `| head`, the work goes on without it."""
+    try:
+        click.echo(text, nl=False)
+    except OSError as error:
+        nowhere = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(nowhere, sys.stdout.fileno())  # else Python flushes again at exit, and complains
+        if not isinstance(error, BrokenPipeError):
+            raise
+
+
+def main() -> None:
+    """The console script."""
+    command()

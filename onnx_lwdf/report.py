@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import json
 import math
-import os
+import re
 import tempfile
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -49,7 +49,7 @@ class Report:
 
     tool: Mapping[str, str]  # name, version
     input: Mapping[str, Any]  # path, sha256, bytes
-    output: Mapping[str, Any]  # path, bytes
+    output: Mapping[str, Any]  # path, bytes; the bytes are None in a dry run
     options: Mapping[str, Any]
     layers: tuple[LayerReport, ...]
     outputs: Mapping[str, float]  # output name -> SQNR dB on synthetic inputs; empty in a dry run
@@ -66,106 +66,148 @@ class Report:
     @property
     def worst(self) -> LayerReport | None:
         """The compressed layer with the lowest SQNR."""
-        measured = [layer for layer in self.compressed if layer.sqnr_db is not None]
-        return min(measured, key=lambda layer: layer.sqnr_db or 0.0, default=None)
+        measured = [(_rank(layer.sqnr_db), layer) for layer in self.compressed if layer.sqnr_db is not None]
+        return min(measured, key=lambda pair: pair[0], default=(0.0, None))[1]
 
     @property
     def output_db(self) -> float | None:
         """The lowest SQNR over the outputs, which `--fail-under` gates."""
-        return min(self.outputs.values(), default=None)
+        return min(self.outputs.values(), key=_rank, default=None)
 
     def to_dict(self) -> dict[str, Any]:
-        """The JSON schema. An SQNR that is not finite (nothing differs, or nothing is left) is null."""
+        """The JSON schema, in plain dicts, lists, strings and numbers.
+
+        JSON has no infinities: a number that is not finite is null. An SQNR of null was not measured, or nothing
+        differs (+inf dB), or the float tensor is zero everywhere (-inf dB). `bytes` and the totals' `bytes_before` and
+        `bytes_after` are sizes of files with their external data; those of a layer are of its weight.
+        """
         worst = self.worst
         return {
             "schema": SCHEMA,
-            "tool": dict(self.tool),
-            "input": dict(self.input),
-            "output": dict(self.output),
-            "options": dict(self.options),
-            "layers": [
-                asdict(layer) | {"shape": list(layer.shape), "sqnr_db": _finite(layer.sqnr_db)} for layer in self.layers
-            ],
+            "tool": _plain(self.tool),
+            "input": _plain(self.input),
+            "output": _plain(self.output),
+            "options": _plain(self.options),
+            "layers": [_plain(asdict(layer) | {"sqnr_db": _rounded(layer.sqnr_db)}) for layer in self.layers],
             "totals": {
                 "bytes_before": self.input["bytes"],
                 "bytes_after": self.output["bytes"],
                 "layers_compressed": len(self.compressed),
                 "layers_kept": len(self.kept),
                 "worst_layer": worst.name if worst else None,
-                "worst_layer_db": _finite(worst.sqnr_db) if worst else None,
-                "output_db": _finite(self.output_db),
-                "outputs": {name: _finite(value) for name, value in self.outputs.items()},
+                "worst_layer_db": _rounded(worst.sqnr_db) if worst else None,
+                "output_db": _rounded(self.output_db),
+                "outputs": {name: _rounded(value) for name, value in self.outputs.items()},
             },
             "warnings": list(self.warnings),
         }
 
     def to_json(self) -> str:
-        return json.dumps(self.to_dict(), indent=2, ensure_ascii=False) + "\n"
+        """`to_dict()` in ASCII, so that any encoding of stdout can carry it."""
+        return json.dumps(self.to_dict(), indent=2, allow_nan=False) + "\n"
 
     def to_markdown(self) -> str:
-        """A table of the layers and the summary."""
-        head = "| " + " | ".join(COLUMNS) + " |\n|" + "---|" * len(COLUMNS) + "\n"
-        rows = ("| " + " | ".join(_escaped(cell) for cell in row) + " |\n" for row in self.rows())
-        notes = "".join(f"\n- warning: {text}" for text in self.warnings)
-        return f"# {self.tool['name']} {self.tool['version']}\n\n{self.summary()}\n\n{head}{''.join(rows)}{notes}"
+        """The summary, a table of the layers, and the warnings."""
+        title = f"# {self.tool['name']} {self.tool['version']}\n\n{_escaped(self.summary())}\n\n"
+        rules = ("---:" if name in NUMERIC_COLUMNS else "---" for name in COLUMNS)
+        table = (COLUMNS, tuple(rules), *(tuple(_escaped(cell) for cell in row) for row in self.rows()))
+        notes = [f"- warning: {_escaped(printable(text))}\n" for text in self.warnings]
+        return title + "".join(f"| {' | '.join(row)} |\n" for row in table) + "".join(["\n", *notes] if notes else [])
 
     def rows(self) -> list[tuple[str, ...]]:
         """The layer table's cells, one tuple per layer, in the order of COLUMNS."""
         return [
             (
-                layer.name,
-                layer.op,
+                printable(layer.name),
+                printable(layer.op),
                 "x".join(map(str, layer.shape)),
                 layer.statistics,
                 layer.method,
                 layer.bits or "float",
                 _decibels(layer.sqnr_db),
                 f"{layer.bytes_before:,} -> {layer.bytes_after:,}",
-                layer.reason,
+                printable(layer.reason),
             )
             for layer in self.layers
         ]
 
     def summary(self) -> str:
-        """One line: sizes, fidelity, the worst layer, and what was left alone."""
-        before, after = self.input["bytes"], self.output["bytes"]
-        parts = [f"{len(self.compressed)} of {len(self.layers)} layers compressed"]
-        if after is not None:
-            parts.insert(0, f"{before:,} -> {after:,} bytes ({after / before:.3f} of the original)")
-        if self.output_db is not None:
-            parts.append(f"output {_decibels(self.output_db)} dB on synthetic inputs")
-        worst = self.worst
-        if worst is not None:
-            parts.append(f"worst layer {worst.name} {_decibels(worst.sqnr_db)} dB")
+        """One line: the file, its sizes, fidelity, the worst layer, and what was left alone and why."""
+        parts = [*self._sizes(), self._counts(), *self._fidelity()]
         reasons = Counter(layer.reason for layer in self.kept)
         parts.extend(f"left alone: {count} ({reason})" for reason, count in reasons.items())
-        return "; ".join(parts)
+        path = self.output["path"]
+        return printable(("" if path is None else f"{path}: ") + "; ".join(parts))
+
+    def _sizes(self) -> list[str]:
+        before, after = self.input["bytes"], self.output["bytes"]
+        return [] if after is None else [f"{before:,} -> {after:,} bytes ({after / before:.3f} of the original)"]
+
+    def _counts(self) -> str:
+        planned = "to be " if self.output["bytes"] is None else ""
+        kinds = Counter(layer.bits for layer in self.compressed)
+        bits = ", ".join(f"{count} at {name}" for name, count in kinds.most_common())
+        return f"{len(self.compressed)} of {len(self.layers)} layers {planned}compressed" + (
+            f" ({bits})" if bits else ""
+        )
+
+    def _fidelity(self) -> list[str]:
+        parts = [] if self.output_db is None else [f"output {_decibels(self.output_db)} dB on synthetic inputs"]
+        worst = self.worst
+        return parts + ([] if worst is None else [f"worst layer {worst.name} {_decibels(worst.sqnr_db)} dB"])
 
 
 COLUMNS = ("layer", "op", "shape", "statistics", "method", "bits", "SQNR dB", "bytes", "note")
+NUMERIC_COLUMNS = ("SQNR dB", "bytes")
 
 WRITERS: Mapping[str, Callable[[Report], str]] = {".json": Report.to_json, ".md": Report.to_markdown}
 
 
 def check_path(path: Path) -> None:
-    """OptionError where no writer knows the suffix."""
-    if path.suffix not in WRITERS:
+    """OptionError where no writer knows the suffix, ModelError where the folder does not exist."""
+    if path.suffix.lower() not in WRITERS:
         raise OptionError(f"report {str(path)!r} has no known suffix; it must end in {' or '.join(WRITERS)}")
+    if not path.parent.is_dir():
+        raise ModelError(f"{path.parent}: no such folder; create it first")
 
 
 def write(report: Report, path: Path) -> None:
     """Write the report in the format of the path's suffix, in one step; ModelError where the disk refuses."""
     check_path(path)
+    text = WRITERS[path.suffix.lower()](report)
     try:
         with tempfile.TemporaryDirectory(prefix=f".{path.name}.", dir=path.parent) as folder:
             staged = Path(folder) / path.name
-            staged.write_text(WRITERS[path.suffix](report), encoding="utf-8")
-            os.replace(staged, path)
+            staged.write_text(text, encoding="utf-8", newline="\n")
+            staged.replace(path)
     except OSError as error:
         raise ModelError(f"{path}: cannot be written: {error.strerror or error}") from error
 
 
-def _finite(value: float | None) -> float | None:
+def printable(text: str) -> str:
+    r"""One line that does nothing to a terminal: control characters and lone surrogates as escapes.
+
+    >>> print(printable("conv\x1b[2J\n"))
+    conv\x1b[2J\n
+    """
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode("ascii") for c in text)
+
+
+def _plain(value: Any) -> Any:
+    """What JSON can carry: mappings as dicts, sequences as lists, numbers that are not finite as None."""
+    if isinstance(value, Mapping):
+        return {str(key): _plain(item) for key, item in value.items()}
+    if isinstance(value, Sequence) and not isinstance(value, str):
+        return [_plain(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def _rank(decibels: float) -> float:
+    """NaN is below everything."""
+    return -math.inf if math.isnan(decibels) else decibels
+
+
+def _rounded(value: float | None) -> float | None:
     return None if value is None or not math.isfinite(value) else round(value, 4)
 
 
@@ -173,5 +215,6 @@ def _decibels(value: float | None) -> str:
     return "" if value is None else f"{value:.2f}"
 
 
-def _escaped(cell: str) -> str:
-    return cell.replace("|", "\\|").replace("\n", " ")
+def _escaped(text: str) -> str:
+    """Text that Markdown shows as it is."""
+    return re.sub(r"([\\`*_~<\[|])", r"\\\1", text)
