@@ -276,11 +276,13 @@ class _Bar:
         self._task = self._progress.add_task("read", total=1)
 
     def __enter__(self) -> _Bar:
-        self._progress.start()
+        if not self._progress.disable:  # before rich 14.3 a disabled one prints an empty line when it stops
+            self._progress.start()
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._progress.stop()
+        if not self._progress.disable:
+            self._progress.stop()
 
     def step(self, step: Step) -> None:
         text = printable(f"{step.stage} {step.name}".strip())

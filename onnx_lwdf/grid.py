@@ -2,8 +2,8 @@
 
     stored weight = scale * code,    code in [low, high]
 
-Neighbouring codes 2k and 2k + 1 of a filter may have to satisfy |code[2k] + code[2k + 1]| <= limit: x86 without VNNI adds
-the two products u8 * s8 in 16 bits (vpmaddubsw), and 255 * 128 is the largest multiple that fits.
+Neighbouring codes 2k and 2k + 1 of a filter may have to satisfy |code[2k] + code[2k + 1]| <= limit: x86 without VNNI
+adds the two products u8 * s8 in 16 bits (vpmaddubsw), and 255 * 128 is the largest multiple that fits.
 """
 
 from __future__ import annotations
@@ -16,6 +16,9 @@ COARSE_STEPS, FINE_STEPS = 24, 8
 # The share of the largest weight at which the best grid may end: fewer codes pay to be spent on the bulk.
 SMALLEST_SHARE = {2: 0.2, 3: 0.3, 4: 0.4, 5: 0.5, 6: 0.65, 7: 0.8, 8: 0.9}
 LARGEST_SHARE = 1.06
+# A weight with less than this share of its channel's energy has no say in the range: clipping it costs nothing. A dead
+# input may carry any weight, and at 8 bits one outlier there would cost every other weight its precision.
+NEGLIGIBLE = 1e-8
 TINY = float(np.finfo(np.float32).tiny)
 
 
@@ -60,14 +63,24 @@ def search_scale(weight: F64, importance: F64, bits: int, pair_limit: int | None
     weight [groups, out, in]; importance [groups, in], of an error of each weight (the diagonal of H); the scale is not
     below scale_floor [groups, out]. The error is that of the codes after range and pair limit.
     """
-    full = np.abs(weight).max(-1, initial=0.0) / code_range(bits)[1]  # [groups, out]
+    importance = np.where(importance.any(axis=1, keepdims=True), importance, 1.0)  # all dead: all alike
+    full = _span(weight, importance) / code_range(bits)[1]  # [groups, out]
     largest = max(LARGEST_SHARE, 2.0 if pair_limit is not None else 0.0)
     shares = np.linspace(SMALLEST_SHARE[bits], largest, COARSE_STEPS)
     step = shares[1] - shares[0]
-    best = _best_share(weight, importance, bits, pair_limit, scale_floor, full, [np.full(full.shape, s) for s in shares])
+    coarse = [np.full(full.shape, share) for share in shares]
+    best = _best_share(weight, importance, bits, pair_limit, scale_floor, full, coarse)
     fine = [np.maximum(best + step * offset, 1e-3) for offset in np.linspace(-1, 1, FINE_STEPS + 1)]
     best = _best_share(weight, importance, bits, pair_limit, scale_floor, full, [best, *fine])
     return storable(full * best, scale_floor)
+
+
+def _span(weight: F64, importance: F64) -> F64:
+    """The largest weight that counts, [groups, out]."""
+    energy = weight * weight * importance[:, None, :]
+    total = energy.sum(-1, keepdims=True)
+    counts = (energy > NEGLIGIBLE * total) | (total <= 0)
+    return np.asarray(np.abs(weight).max(-1, initial=0.0, where=counts))
 
 
 def storable(scale: F64, scale_floor: F64) -> F64:

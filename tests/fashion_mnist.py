@@ -1,4 +1,4 @@
-"""Fashion-MNIST's test images: Debian's package dataset-fashion-mnist where it is installed, else a committed sample."""
+"""Fashion-MNIST's test images: those of Debian's package dataset-fashion-mnist, else a committed sample."""
 
 from __future__ import annotations
 

@@ -26,9 +26,10 @@ from onnx_lwdf.statistics import F64, ChannelStatistics, Statistics
 DEFAULT_SIDE = 224  # pixels, where an image's height or width is dynamic
 PROBES = 8  # images; the channel means over 8 x 112 x 112 positions are stable to a few percent
 WORST_DIVERGENCE = 10.0  # a single channel's say is bounded: dead channels diverge without end
-# A named convention is believed unless the free estimate has a far smaller divergence. Synthetic images are not
-# photographs: on networks whose convention is known the estimate wins by a factor of 1.2 to 8 all the same; on one
-# whose normalization is in no table it wins by more than 25.
+# A named convention is believed where it fits well (nats per channel), and else unless the free estimate has a far smaller
+# divergence. Synthetic images are not photographs: on networks whose convention is known the estimate wins by a factor of
+# 1.2 to 8 all the same; on one whose normalization is in no table it wins by more than 25.
+GOOD_FIT = 0.1
 CLEARLY_BETTER = 1 / 16
 ESTIMATED_REACH = 3.0  # deviations around the mean that an input of estimated normalization is given
 ESTIMATED = "estimated"
@@ -208,7 +209,7 @@ def infer(graph: Graph, spec: InputSpec, probe: str, stored: ChannelStatistics) 
     scored = [(_divergence(head, _replace(spec, c, True), stored, images), c) for c in fits]
     best, convention = min(scored, key=lambda pair: pair[0])
     free = _divergence(head, _replace(spec, estimate, True), stored, images)
-    return convention if best * CLEARLY_BETTER <= free else estimate
+    return convention if best <= GOOD_FIT or best * CLEARLY_BETTER <= free else estimate
 
 
 def _head(model: onnx.ModelProto, tensor: str) -> onnx.ModelProto:
@@ -257,6 +258,5 @@ def _estimate(head: onnx.ModelProto, spec: InputSpec, stored: ChannelStatistics,
     _, deviation = _response(head, {spec.name: unit.place(images)})
     alive = (stored.deviation > 1e-3 * stored.deviation.max()) & (deviation > 0)
     factor = float(np.exp(np.median(np.log(stored.deviation[alive] / deviation[alive])))) if alive.any() else 1.0
-    pixel_mean = images.mean((0, 2, 3)) * 255
     std = 255 / factor
-    return Normalization(ESTIMATED, tuple(map(float, pixel_mean - means * std)), (float(std),) * channels)
+    return Normalization(ESTIMATED, tuple(map(float, DEAD_LEAVES_MEAN - means * std)), (float(std),) * channels)

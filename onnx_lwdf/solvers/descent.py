@@ -4,9 +4,9 @@ With G = (W - V) H, the best value of one column with all others fixed is, in cl
 
     V[:, j] + G[:, j] / H[j, j]
 
-rounded to the grid (the loss is a parabola in that column). Sweeps over the columns go on until no code changes; then the
-scale is fitted, s = (w H v) / (v H v) in units of codes, where that lowers the loss, and the sweeps start again. The loss
-never rises. (COMQ, arXiv 2403.07134, descends in the same way from nearest rounding.)
+rounded to the grid (the loss is a parabola in that column). Sweeps over the columns go on until no code changes; then
+the scale is fitted, s = (w H v) / (v H v) in units of codes, where that lowers the loss, and the sweeps start again.
+The loss never rises. (COMQ, arXiv 2403.07134, descends in the same way from nearest rounding.)
 """
 
 from __future__ import annotations

@@ -4,9 +4,9 @@ With U the upper Cholesky factor of H^-1 (H^-1 = U^T U), column j's error moves 
 
     W[:, k] -= (W[:, j] - V[:, j]) / U[j, j] * U[j, k],    k > j
 
-which is the exact minimizer of the loss over the free columns (OBQ: Frantar and Alistarh, arXiv 2208.11580; GPTQ: Frantar
-et al., arXiv 2210.17323). Columns go in the order of falling H[j, j]. The pair limit stands inside: the second code of a
-pair is clamped to what the first one leaves, and later columns carry that error too.
+which is the exact minimizer of the loss over the free columns (OBQ: Frantar and Alistarh, arXiv 2208.11580; GPTQ:
+Frantar et al., arXiv 2210.17323). Columns go in the order of falling H[j, j]. The pair limit stands inside: the second
+code of a pair is clamped to what the first one leaves, and later columns carry that error too.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ class _Pairs:
 
 
 def solve(problem: LayerProblem) -> LayerSolution:
-    """Second-order rounding on the scale of least weighted error; per output channel never worse than nearest rounding."""
+    """Second-order rounding on the scale of least weighted error; no channel is worse than by nearest rounding."""
     importance = np.diagonal(problem.hessian, axis1=1, axis2=2)  # [groups, in]
     scale = search_scale(problem.weight, importance, problem.bits, problem.pair_limit, problem.scale_floor)
     plain = nearest(problem.weight, scale, problem.bits, problem.pair_limit)
@@ -49,7 +49,7 @@ def round_columns(problem: LayerProblem, scale: F64) -> tuple[F64 | None, str]:
     """The codes [groups, out, in] and a note on damping; None where H cannot be factored at any damping."""
     order = np.argsort(-np.diagonal(problem.hessian, axis1=1, axis2=2), axis=1, kind="stable")  # [groups, in]
     weight = np.take_along_axis(problem.weight, order[:, None, :], 2)
-    hessian = np.take_along_axis(np.take_along_axis(problem.hessian, order[:, :, None], 1), order[:, None, :], 2)
+    hessian = _permuted(problem.hessian, order)
     damping = DAMPING
     while (factor := _inverse_factor(hessian, damping)) is None:
         damping *= 10
@@ -58,6 +58,10 @@ def round_columns(problem: LayerProblem, scale: F64) -> tuple[F64 | None, str]:
     codes = _sweep(weight, factor, scale, problem.bits, _pairs(problem, order))
     note = "" if damping == DAMPING else f"damping {damping:g}"
     return np.take_along_axis(codes, np.argsort(order, axis=1)[:, None, :], 2), note
+
+
+def _permuted(hessian: F64, order: npt.NDArray[np.int64]) -> F64:
+    return np.take_along_axis(np.take_along_axis(hessian, order[:, :, None], 1), order[:, None, :], 2)
 
 
 def _inverse_factor(hessian: F64, damping: float) -> F64 | None:
@@ -80,7 +84,7 @@ def conditional_variances(hessian: F64) -> F64:
     The diagonal of H is what it costs by nearest rounding; here in the order of columns, so only fit for sums.
     """
     order = np.argsort(-np.einsum("gii->gi", hessian), axis=1, kind="stable")
-    factor = _inverse_factor(np.take_along_axis(np.take_along_axis(hessian, order[:, :, None], 1), order[:, None, :], 2), DAMPING)
+    factor = _inverse_factor(_permuted(hessian, order), DAMPING)
     if factor is None:
         return np.asarray(np.einsum("gii->gi", hessian))
     return np.asarray(np.take_along_axis(1 / np.einsum("gii->gi", factor) ** 2, np.argsort(order, axis=1), 1))

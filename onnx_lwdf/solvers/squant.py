@@ -33,7 +33,11 @@ def solve(problem: LayerProblem) -> LayerSolution:
 
 
 def _channel_flips(problem: LayerProblem, exact: F64, codes: F64) -> F64:
-    """At most one flip per kernel, of its element with the largest error of the sum's sign."""
+    """At most one flip per kernel, of its element with the largest error of the sum's sign.
+
+    Kernels whose own sum has that sign come first: their sums stay within 1. An element that the kernel stage flipped
+    may be flipped back; without that a channel can be stuck.
+    """
     error = codes - exact
     sign = np.sign(error.sum(-1, keepdims=True))
     able = _flippable(problem, exact, codes)
@@ -43,15 +47,16 @@ def _channel_flips(problem: LayerProblem, exact: F64, codes: F64) -> F64:
     gain = gain.reshape(*exact.shape[:2], problem.kernel, -1)  # [groups, out, kernel, channels]
     place = gain.argmax(2)[:, :, None, :]
     best = np.take_along_axis(gain, place, 2)[:, :, 0]  # [groups, out, channels]
+    leans = error.reshape(gain.shape).sum(2) * sign > 0
     total = np.rint(np.abs(error.sum(-1)))
-    chosen = (_rank(best) < total[..., None]) & (best > 0)
+    chosen = (_rank(best + 2 * leans * (best > 0)) < total[..., None]) & (best > 0)
     flips = np.zeros(gain.shape)
     np.put_along_axis(flips, place, chosen[:, :, None, :] * sign[..., None], 2)
     return flips.reshape(exact.shape)
 
 
 def _flips(error: F64, able: npt.NDArray[np.bool_]) -> F64:
-    """What to subtract so that the sums over the last axis come below 1/2: the elements with the largest errors first."""
+    """What to subtract so that the sums over the last axis come below 1/2: the largest errors first."""
     total = error.sum(-1, keepdims=True)
     sign = np.sign(total)
     gain = np.where(able & (error * sign > 0), error * sign, -1.0)
@@ -70,7 +75,7 @@ def _flippable(problem: LayerProblem, exact: F64, codes: F64) -> npt.NDArray[np.
     """Whether an element may move one code towards the other neighbour of its exact value."""
     low, high = code_range(problem.bits)
     moved = codes - np.sign(codes - exact)
-    able = (moved >= low) & (moved <= high) & (np.abs(codes - exact) <= 0.5)
+    able = (moved >= low) & (moved <= high) & (np.abs(codes - exact) < 1)
     if problem.pair_limit is None:
         return able
     even = codes.shape[-1] // 2 * 2

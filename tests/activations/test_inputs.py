@@ -1,0 +1,135 @@
+"""The input's normalization comes out of the first BatchNormalization's stored statistics."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import onnx
+import pytest
+from onnx import numpy_helper
+
+from onnx_lwdf.activations.images import dead_leaves
+from onnx_lwdf.activations.inputs import CONVENTIONS, ESTIMATED, Normalization, read_inputs
+from onnx_lwdf.config import Config
+from onnx_lwdf.errors import OptionError
+from onnx_lwdf.graph import Graph
+from onnx_lwdf.precondition.fold import fold
+from tests.nets import residual, with_weights
+
+MODELS = Path(__file__).parent.parent.parent / "models"
+
+
+def read(model, **options):
+    graph = Graph(model)
+    statistics = fold(graph)
+    (spec,), warnings = read_inputs(graph, Config(**options), statistics)
+    return spec, warnings
+
+
+def trained_with(normalization: Normalization, layout: str = "NCHW") -> onnx.ModelProto:
+    """A first layer whose BatchNormalization stored what images of this normalization give."""
+    rng = np.random.default_rng(5)
+    weight = rng.normal(0, 0.5, (24, 3, 3, 3))
+    images = normalization.apply(dead_leaves(128, 3, 32, 32, np.random.default_rng(99)))
+    windows = np.lib.stride_tricks.sliding_window_view(images, (3, 3), axis=(2, 3))  # [N, C, H, W, 3, 3]
+    output = np.einsum("ncyxij,ocij->noyx", windows, weight)
+    tensors = {
+        "w": weight,
+        "g": np.ones(24),
+        "b": np.zeros(24),
+        "m": output.mean((0, 2, 3)),
+        "v": output.var((0, 2, 3)),
+        "w2": rng.normal(size=(4, 24, 1, 1)),
+    }
+    shape, first = ("N,3,32,32", "") if layout == "NCHW" else ("N,32,32,3", "t = Transpose <perm = [0,3,1,2]> (x)")
+    text = f"""
+    <ir_version: 8, opset_import: ["" : 17]>
+    net (float[{shape}] x) => (float[N,4,30,30] y) {{
+        {first}
+        a = Conv ({"t" if first else "x"}, w)
+        b1 = BatchNormalization (a, g, b, m, v)
+        r = Relu (b1)
+        y = Conv (r, w2)
+    }}
+    """
+    return with_weights(text, tensors)
+
+
+@pytest.mark.parametrize("convention", CONVENTIONS, ids=lambda c: c.name)
+@pytest.mark.parametrize("layout", ["NCHW", "NHWC"])
+def test_every_convention_is_recognized(convention, layout):
+    spec, warnings = read(trained_with(convention, layout))
+    assert spec.normalization == convention
+    assert spec.inferred
+    assert spec.channels_last == (layout == "NHWC")
+    assert not warnings
+
+
+def test_an_unknown_normalization_is_estimated():
+    odd = Normalization("odd", (60.0, 90.0, 120.0), (20.0, 20.0, 20.0))
+    spec, _ = read(trained_with(odd))
+    assert spec.normalization is not None
+    assert spec.normalization.name == ESTIMATED
+    np.testing.assert_allclose(spec.normalization.mean, odd.mean, atol=15)
+    np.testing.assert_allclose(spec.normalization.std, odd.std, rtol=0.2)
+    assert spec.normalization.range[0] <= odd.range[0]  # a generous range: no real pixel may be cut off
+    assert spec.normalization.range[1] >= odd.range[1]
+
+
+def test_real_networks():
+    spec, _ = read(onnx.load(MODELS / "mobilenetv2-torchvision-bn.onnx"))
+    assert spec.normalization == CONVENTIONS[0]
+    spec, _ = read(onnx.load(MODELS / "fmnist-mbv2-bn.onnx"))
+    assert spec.normalization is not None
+    assert spec.normalization.name == ESTIMATED
+    low, high = spec.normalization.range
+    assert low <= (0 - 0.2860) / 0.3530  # the true range of Fashion-MNIST's pixels
+    assert high >= (1 - 0.2860) / 0.3530
+
+
+def test_without_batchnorm_the_assumption_is_said():
+    spec, warnings = read(onnx.load(MODELS / "fmnist-mbv2-folded.onnx"))
+    assert not spec.inferred
+    assert "--input-mean" in warnings[0]
+
+
+def test_given_normalization_wins():
+    spec, warnings = read(residual(), input_mean=(10.0,), input_std=(2.0,))
+    assert spec.normalization == Normalization("given", (10.0,), (2.0,))
+    assert not warnings
+    spec, _ = read(residual(), input_range=(-2.0, 3.0))
+    assert spec.normalization is not None
+    np.testing.assert_allclose(spec.normalization.range, (-2, 3))
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"input_shape": {"q": (1, 3, 8, 8)}}, "no input"),
+        ({"input_shape": {"x": (1, 3, 8)}}, "3 dimensions"),
+        ({"input_mean": (1.0, 2.0), "input_std": (1.0, 1.0)}, "2 values"),
+    ],
+)
+def test_wrong_options(options, words):
+    with pytest.raises(OptionError, match=words):
+        read(residual(), **options)
+
+
+def test_dead_leaves_are_images_with_a_falling_spectrum():
+    images = dead_leaves(8, 3, 64, 64, np.random.default_rng(0))
+    assert images.shape == (8, 3, 64, 64)
+    assert images.dtype == np.float32
+    assert images.min() >= 0
+    assert images.max() <= 1
+    power = np.abs(np.fft.rfft(images - images.mean(axis=-1, keepdims=True), axis=-1)).mean((0, 1, 2)) ** 2
+    slope = np.polyfit(np.log(np.arange(2, 24)), np.log(power[2:24]), 1)[0]
+    assert -3 < slope < -1  # photographs: about -2
+
+
+def test_initializers_of_a_real_file_are_not_touched_by_reading():
+    model = onnx.load(MODELS / "fmnist-mbv2-bn.onnx")
+    before = numpy_helper.to_array(model.graph.initializer[0]).copy()
+    graph = Graph(model)
+    read_inputs(graph, Config(), {})
+    np.testing.assert_array_equal(numpy_helper.to_array(model.graph.initializer[0]), before)

@@ -1,0 +1,113 @@
+"""Channel groups are found where theory allows them, and transforms do not change the function."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from onnx import numpy_helper
+
+from onnx_lwdf.activations.inputs import read_inputs
+from onnx_lwdf.activations.sampler import draw_chunks, synthesize
+from onnx_lwdf.config import Config
+from onnx_lwdf.graph import Graph
+from onnx_lwdf.layers import Bits, find_layers
+from onnx_lwdf.precondition import transform
+from onnx_lwdf.precondition.channels import find_groups
+from onnx_lwdf.precondition.fold import fold
+from tests.nets import answers, residual, samples, with_weights
+
+BOTTLENECK = """
+<ir_version: 8, opset_import: ["" : 17]>
+net (float[N,3,12,12] x) => (float[N,4] y) {
+    a = Conv <pads = [1,1,1,1]> (x, w0)
+    b = BatchNormalization (a, g, bb, m, v)
+    c = Relu (b)
+    p = Conv (c, w1, b1)
+    e = Conv (p, w2, b2)
+    f = Relu (e)
+    q = Conv (f, w3, b3)
+    s = Add (p, q)
+    h = Conv (s, w4, b4)
+    i = Relu (h)
+    j = Conv <pads = [1,1,1,1], group = 6> (i, w5)
+    k = GlobalAveragePool (j)
+    l = Flatten (k)
+    y = Gemm <transB = 1> (l, w6, b6)
+}
+"""
+
+
+def bottleneck():
+    rng = np.random.default_rng(3)
+    shapes = {"w0": (8, 3, 3, 3), "w1": (5, 8, 1, 1), "w2": (7, 5, 1, 1), "w3": (5, 7, 1, 1), "w4": (6, 5, 1, 1)}
+    shapes |= {"w5": (6, 1, 3, 3), "w6": (4, 6), "b1": 5, "b2": 7, "b3": 5, "b4": 6, "b6": 4}
+    tensors = {name: rng.normal(0, 0.5, shape) for name, shape in shapes.items()}
+    tensors["w1"][0] *= 30  # one wide channel, which a grid for all would follow
+    tensors["w4"][2] *= 20
+    tensors |= {name: rng.uniform(0.5, 1.5, 8) for name in ("g", "bb", "m", "v")}
+    return with_weights(BOTTLENECK, tensors)
+
+
+def prepared(model, bits):
+    graph = Graph(model)
+    statistics = fold(graph)
+    layers, _ = find_layers(graph)
+    config = Config(weight_bits=bits, activation_bits=bits, samples=32)
+    inputs, _ = read_inputs(graph, config, statistics)
+    groups = find_groups(graph, layers)
+    tensors = [name for layer in layers for name in (layer.input, layer.output)]
+    seen = synthesize(model, layers, tensors, statistics, draw_chunks(inputs, config), config)
+    return graph, layers, groups, dict.fromkeys((layer.name for layer in layers), Bits(bits, bits)), seen
+
+
+def test_groups_of_a_residual_chain():
+    graph, _, groups, _, _ = prepared(bottleneck(), 8)
+    found = {frozenset(group.tensors): group for group in groups}
+    chain = found[frozenset({"p", "q", "s"})]
+    assert chain.linear
+    assert chain.channels == 5
+    assert {layer.output for layer in chain.producers} == {"p", "q"}
+    assert {layer.input for layer in chain.consumers} == {"p", "s"}
+    assert not found[frozenset({"h", "i"})].linear
+    assert found[frozenset({"j", "k", "l"})].linear
+    assert not any("y" in group.tensors for group in groups)  # an output keeps its scale
+
+
+def test_clip_ends_a_group():
+    _, _, groups, _, _ = prepared(residual(), 8)
+    assert not any({"c1", "c2"} & set(group.tensors) for group in groups)
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+def test_transforms_keep_the_function_and_are_taken(bits):
+    model = bottleneck()
+    feeds, before = samples(model), answers(model, samples(model))
+    graph, _, groups, plan, seen = prepared(model, bits)
+    weights = {t.name: numpy_helper.to_array(t) for t in graph.snapshot().graph.initializer}
+    transform.transform_groups(graph, groups, plan, seen, np.random.default_rng(0))
+    after = graph.snapshot()
+    changed = [t.name for t in after.graph.initializer if not np.array_equal(numpy_helper.to_array(t), weights.get(t.name))]
+    assert "w1" in changed  # the wide channel was worth it
+    # A and its inverse are applied in float64; weights are rounded once to float32, at condition numbers up to about 100.
+    np.testing.assert_allclose(answers(after, feeds)[0], before[0], rtol=1e-3, atol=1e-3 * np.abs(before[0]).max())
+
+
+def test_samples_follow_the_transform():
+    graph, layers, groups, plan, seen = prepared(bottleneck(), 4)
+    moved = transform.transform_groups(graph, groups, plan, seen, np.random.default_rng(0))
+    after = graph.snapshot()
+    feeds = samples(after, 64)
+    layer = next(layer for layer in layers if layer.input == "s")
+    values = moved.values["s"].astype(np.float64)  # [channels, values]
+    hessian = moved.moments[layer.name].hessian[0]
+    # Two independent draws of positions of the same images: second moments agree within sampling noise.
+    np.testing.assert_allclose(values @ values.T / values.shape[1], hessian, atol=0.15 * np.abs(hessian).max())
+    assert answers(after, feeds)[0].shape == (64, 4)
+
+
+def test_the_identity_is_kept_where_nothing_is_gained(monkeypatch):
+    graph, _, groups, plan, seen = prepared(bottleneck(), 8)
+    before = graph.snapshot().SerializeToString(deterministic=True)
+    monkeypatch.setattr(transform, "CLEAR_GAIN", 0.0)
+    assert transform.transform_groups(graph, groups, plan, seen, np.random.default_rng(0)) is seen
+    assert graph.snapshot().SerializeToString(deterministic=True) == before
