@@ -74,7 +74,9 @@ def _static(source: Path, target: Path, spec: InputSpec) -> None:
     quantize_static(prepared, target, _Noise(spec), quant_format=QuantFormat.QDQ, per_channel=True, **kinds)
 
 
-def _child(work: Callable[..., None], args: tuple[object, ...], answers: multiprocessing.Queue[tuple[float, float]]) -> None:
+def _child(
+    work: Callable[..., None], args: tuple[object, ...], answers: multiprocessing.Queue[tuple[float, float]]
+) -> None:
     start = time.perf_counter()
     work(*args)
     answers.put((time.perf_counter() - start, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024))

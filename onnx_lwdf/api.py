@@ -13,7 +13,7 @@ from onnx import numpy_helper
 from onnx_lwdf import model_io
 from onnx_lwdf.compress import Compressed, OnLayer, Prepared, compress_model, prepare
 from onnx_lwdf.config import Config
-from onnx_lwdf.errors import GateError, ModelError, OptionError
+from onnx_lwdf.errors import GateError, OptionError
 from onnx_lwdf.layers import Layer, Skipped
 from onnx_lwdf.layerwise import Solved, method_of
 from onnx_lwdf.report import LayerReport, Report

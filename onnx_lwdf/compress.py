@@ -22,7 +22,7 @@ from onnx_lwdf.plan import plan_bits
 from onnx_lwdf.precondition.channels import find_groups
 from onnx_lwdf.precondition.fold import fold
 from onnx_lwdf.precondition.transform import transform_groups
-from onnx_lwdf.sites import Site, find_sites
+from onnx_lwdf.sites import find_sites
 from onnx_lwdf.statistics import Statistics, origin
 from onnx_lwdf.verify import Fidelity, verify
 
@@ -131,7 +131,9 @@ def prepare(model: onnx.ModelProto, config: Config) -> Prepared:
 def _unfit(graph: Graph, layer: Layer, name: str) -> Skipped:
     weight = graph.constant(layer.weight)
     shape = () if weight is None else weight.shape
-    return Skipped(layer.name, layer.op, shape, f"onnxruntime has no integer {layer.op}; format {name} keeps it in float")
+    return Skipped(
+        layer.name, layer.op, shape, f"onnxruntime has no integer {layer.op}; format {name} keeps it in float"
+    )
 
 
 def _stored(graph: Graph, answer: Solved) -> Stored:

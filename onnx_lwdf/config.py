@@ -65,7 +65,9 @@ class Config:
         _check_choice("target", self.target, tuple(TARGETS))
         if self.format != "auto" and FORMATS[self.format].integer_activations != (self.activation_bits is not None):
             wanted = "integer" if FORMATS[self.format].integer_activations else "float"
-            raise OptionError(f"format {self.format!r} stores {wanted} activations; change --format or --activation-bits")
+            raise OptionError(
+                f"format {self.format!r} stores {wanted} activations; change --format or --activation-bits"
+            )
         if self.samples < 1:
             raise OptionError(f"samples is {self.samples}; it must be at least 1")
         if self.jobs is not None and self.jobs < 1:

@@ -9,8 +9,10 @@ from __future__ import annotations
 import logging
 from collections import defaultdict
 from collections.abc import Iterable, Iterator
+from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import onnx
 import onnx_graphsurgeon as gs
 from onnx import numpy_helper
@@ -106,7 +108,7 @@ class Graph:
         self._names.add(name)
         return name
 
-    def add_constant(self, stem: str, value: Array) -> str:
+    def add_constant(self, stem: str, value: npt.ArrayLike) -> str:
         """A new initializer under a fresh name; its name."""
         name = self.unique(stem)
         self._store(name, value)
@@ -132,7 +134,7 @@ class Graph:
         if all(reader is not node for reader in self.consumers[tensor]):
             self.consumers[tensor].append(node)
 
-    def _store(self, name: str, value: Array) -> None:
+    def _store(self, name: str, value: npt.ArrayLike) -> None:
         proto = numpy_helper.from_array(np.asarray(value, order="C"), name)
         if name in self.initializers:
             doc = self.initializers[name].doc_string
@@ -142,7 +144,7 @@ class Graph:
             self.initializers[name] = proto
         self._values.pop(name, None)
 
-    def add(self, op: str, inputs: Iterable[str], stem: str, **attributes: object) -> str:
+    def add(self, op: str, inputs: Iterable[str], stem: str, **attributes: Any) -> str:
         """Append a node with one output of a fresh name; the output's name."""
         output = self.unique(stem)
         node = onnx.helper.make_node(op, list(inputs), [output], name=self.unique(f"{stem}/{op}"), **attributes)
@@ -198,7 +200,9 @@ class Graph:
         nodes = _sorted([node for node in self.nodes if id(node) in live])
         protos = [onnx.NodeProto.FromString(node.SerializeToString()) for node in nodes]
         used = {name for node in nodes for name in (*node.input, *_captured(node))} | set(self.outputs)
-        tensors = [onnx.TensorProto.FromString(t.SerializeToString()) for n, t in self.initializers.items() if n in used]
+        tensors = [
+            onnx.TensorProto.FromString(t.SerializeToString()) for n, t in self.initializers.items() if n in used
+        ]
         graph = self.model.graph
         del graph.node[:], graph.initializer[:]
         graph.node.extend(protos)
@@ -212,7 +216,7 @@ class Graph:
         self.__init__(self.model)  # type: ignore[misc]  # the same state, read anew from the written model
 
     def _live(self) -> set[int]:
-        """ids of the nodes that an output depends on."""
+        """Ids of the nodes that an output depends on."""
         live: set[int] = set()
         wanted = [*self.outputs]
         while wanted:
@@ -229,7 +233,7 @@ def node_name(node: onnx.NodeProto) -> str:
     return node.name or f"{node.op_type}:{node.output[0]}"
 
 
-def attribute(node: onnx.NodeProto, name: str, default: object = None) -> object:
+def attribute(node: onnx.NodeProto, name: str, default: Any = None) -> Any:
     """The attribute's value, or the default."""
     for item in node.attribute:
         if item.name == name:

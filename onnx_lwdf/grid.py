@@ -68,7 +68,7 @@ def search_scale(weight: F64, importance: F64, bits: int, pair_limit: int | None
     largest = max(LARGEST_SHARE, 2.0 if pair_limit is not None else 0.0)
     shares = np.linspace(SMALLEST_SHARE[bits], largest, COARSE_STEPS)
     step = shares[1] - shares[0]
-    coarse = [np.full(full.shape, share) for share in shares]
+    coarse = [np.full(full.shape, share) for share in (1.0, *shares)]  # never worse than the plain range
     best = _best_share(weight, importance, bits, pair_limit, scale_floor, full, coarse)
     fine = [np.maximum(best + step * offset, 1e-3) for offset in np.linspace(-1, 1, FINE_STEPS + 1)]
     best = _best_share(weight, importance, bits, pair_limit, scale_floor, full, [best, *fine])

@@ -140,7 +140,9 @@ def set_bias(graph: Graph, layer: Layer, bias: Array) -> None:
     node, index = layer.bias
     name = node.input[index] if index < len(node.input) else ""
     old = graph.constant(name) if name else None
-    shaped = bias.astype(np.float32) if old is None or old.size != bias.size else bias.reshape(old.shape).astype(old.dtype)
+    shaped = (
+        bias.astype(np.float32) if old is None or old.size != bias.size else bias.reshape(old.shape).astype(old.dtype)
+    )
     graph.set_input(node, index, shaped, name or f"{layer.name}.bias")
 
 
@@ -193,7 +195,7 @@ def _layer(graph: Graph, node: onnx.NodeProto) -> Layer:
         name=node_name(node),
         op=node.op_type,
         node=node,
-        groups=int(attribute(node, "group", 1)) if convolution else 1,  # type: ignore[call-overload]
+        groups=int(attribute(node, "group", 1)) if convolution else 1,
         transposed=node.op_type == "Gemm" and bool(attribute(node, "transB", 0)),
         window=_window(node, value.shape) if convolution else None,
         bias=_bias_place(graph, node),
@@ -206,9 +208,9 @@ def _window(node: onnx.NodeProto, shape: tuple[int, ...]) -> Window:
     pads = {"NOTSET": attribute(node, "pads", [0] * 2 * rank), "VALID": [0] * 2 * rank}.get(auto_pad)
     return Window(
         kernel=shape[2:],
-        strides=tuple(attribute(node, "strides", [1] * rank)),  # type: ignore[call-overload]
-        dilations=tuple(attribute(node, "dilations", [1] * rank)),  # type: ignore[call-overload]
-        pads=None if pads is None else tuple(pads),  # type: ignore[arg-type]
+        strides=tuple(attribute(node, "strides", [1] * rank)),
+        dilations=tuple(attribute(node, "dilations", [1] * rank)),
+        pads=None if pads is None else tuple(pads),
         auto_pad=auto_pad,
     )
 

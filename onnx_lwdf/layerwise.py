@@ -19,7 +19,7 @@ import numpy as np
 from threadpoolctl import threadpool_limits
 
 from onnx_lwdf.activations.inputs import InputSpec
-from onnx_lwdf.activations.taps import Moments, Samples
+from onnx_lwdf.activations.taps import Samples
 from onnx_lwdf.config import TARGETS, Config
 from onnx_lwdf.graph import Graph
 from onnx_lwdf.layers import Bits, Layer, bias_of, weight_of

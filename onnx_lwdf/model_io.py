@@ -144,16 +144,18 @@ def fix_initializers(model: onnx.ModelProto) -> str | None:
 
 def add_provenance(model: onnx.ModelProto, source: Source, options: Mapping[str, Any]) -> None:
     """Who made the file, from what, with which options; `--check` and a second run read it."""
-    entries = {"version": tool_version(), "source_sha256": source.sha256, "options": json.dumps(options, sort_keys=True)}
+    entries = {
+        "version": tool_version(),
+        "source_sha256": source.sha256,
+        "options": json.dumps(options, sort_keys=True),
+    }
     for key, value in entries.items():
         model.metadata_props.add(key=PREFIX + key, value=value)
 
 
 def provenance(model: onnx.ModelProto) -> dict[str, str]:
     """Our entries of the metadata, without the prefix; empty where the file is not ours."""
-    return {
-        item.key.removeprefix(PREFIX): item.value for item in model.metadata_props if item.key.startswith(PREFIX)
-    }
+    return {item.key.removeprefix(PREFIX): item.value for item in model.metadata_props if item.key.startswith(PREFIX)}
 
 
 def check_target(path: Path, source: Path | None, force: bool) -> None:

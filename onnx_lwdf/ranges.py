@@ -17,6 +17,7 @@ F64 = npt.NDArray[np.float64]
 
 FRACTIONS = np.geomspace(1.0, 0.08, 40)  # of the observed bound, coarse
 REFINED = np.linspace(0.94, 1.06, 7)  # around the best, fine
+SMALLEST_SCALE = 1e-30  # far above float32's denormals, far below any activation
 ROUNDS = 2  # low and high in turn
 BULK, TAIL = 2**13, 2**11  # values that the search looks at: the bulk is thinned, the tails are kept whole
 
@@ -47,22 +48,15 @@ def grid_for(low: float, high: float, bits: int, symmetric: bool = False) -> Act
     makes redundant must stay redundant, else onnxruntime does not fuse it.
     """
     low, high, levels = min(low, 0.0), max(high, 0.0), 2**bits - 1
-    if symmetric:
-        bound = max(-low, high)
-        scale = _float32_below(bound / (2 ** (bits - 1) - 1))
-        return ActivationGrid(scale, 2 ** (bits - 1), bits)
-    scale = _float32_below((high - low) / levels)
-    while scale > 0 and np.float32(scale) * np.float32(levels) > np.float32(high - low):
-        scale = float(np.nextafter(np.float32(scale), np.float32(0)))
-    return ActivationGrid(scale, int(np.clip(np.rint(-low / scale), 0, levels)), bits)
-
-
-def _float32_below(value: float) -> float:
-    """The largest float32 not above the value; a tensor that is always zero gets scale 1."""
-    scale = np.float32(value)
-    if float(scale) > value:  # in float64: NumPy 2 would compare in float32
+    middle = 2 ** (bits - 1)
+    width = max(-low, high) / (middle - 1) * levels if symmetric else high - low
+    if width / levels < SMALLEST_SCALE:  # always zero, as good as
+        return ActivationGrid(1.0, middle if symmetric else 0, bits)
+    scale = np.float32(width / levels)
+    while float(scale) * levels > width or scale * np.float32(levels) > np.float32(width):  # one step, seldom two
         scale = np.nextafter(scale, np.float32(0))
-    return float(scale) if scale > np.finfo(np.float32).tiny else 1.0
+    zero_point = middle if symmetric else int(np.clip(np.rint(-low / float(scale)), 0, levels))
+    return ActivationGrid(float(scale), zero_point, bits)
 
 
 def search_grid(

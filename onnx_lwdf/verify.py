@@ -1,6 +1,6 @@
 """Float beside compressed in onnxruntime, on synthetic inputs that no layer was solved on.
 
-    SQNR = 10 log10(sum float^2 / sum (float - compressed)^2)
+SQNR = 10 log10(sum float^2 / sum (float - compressed)^2)
 """
 
 from __future__ import annotations

@@ -8,6 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from onnx_lwdf.grid import code_range, nearest, search_scale, storable
+from onnx_lwdf.solvers.problem import F64
 
 fuzz = settings(max_examples=60, deadline=None, derandomize=True)
 seeds = st.integers(0, 2**32 - 1)
@@ -62,25 +63,36 @@ def test_an_odd_last_input_and_pairs_within_the_limit_keep_their_nearest_codes()
     assert nearest(weight, np.ones((1, 1)), 8, 128).tolist() == [[[109, 19, 60, 60, 127]]]
 
 
+def weighted_error(weight: F64, importance: F64, scale: F64, bits: int, limit: int | None) -> F64:
+    difference = weight - nearest(weight, scale, bits, limit) * scale[..., None]
+    return np.asarray(np.einsum("goi,gi->go", difference**2, importance))
+
+
+@pytest.mark.parametrize("limited", [False, True], ids=["free", "limited"])
+@pytest.mark.parametrize("bits", range(2, 9))
+def test_the_scale_is_near_the_best_of_a_dense_scan(bits: int, limited: bool) -> None:
+    rng = np.random.default_rng(bits)
+    weight, importance = rng.normal(size=(50, 4, 24)), np.exp(rng.normal(size=(50, 24)))
+    limit = code_range(bits)[1] + 1 if limited else None
+    full = np.abs(weight).max(-1) / code_range(bits)[1]
+    shares = np.linspace(0.3, 2.1, 200)
+    dense = np.min([weighted_error(weight, importance, full * share, bits, limit) for share in shares], axis=0)
+    scale = search_scale(weight, importance, bits, limit, np.zeros((50, 4)))
+    found = weighted_error(weight, importance, scale, bits, limit)
+    # The search tries 34 scales, and with so few weights the error is ragged in the scale. Measured: up to 1.19.
+    assert np.mean(found / dense) < 1.25
+
+
 @fuzz
 @given(seeds, bit_widths, st.booleans())
-def test_the_scale_is_near_the_best_of_a_dense_scan(seed: int, bits: int, limited: bool) -> None:
+def test_the_scale_is_no_worse_than_the_plain_range(seed: int, bits: int, limited: bool) -> None:
     rng = np.random.default_rng(seed)
     weight, importance = rng.normal(size=(2, 3, 24)), np.exp(rng.normal(size=(2, 24)))
-    limit = code_range(bits)[1] + 1 if limited else None
-    floor = np.zeros((2, 3))
-
-    def error(scale: np.ndarray) -> np.ndarray:
-        difference = weight - nearest(weight, scale, bits, limit) * scale[..., None]
-        return np.asarray(np.einsum("goi,gi->go", difference**2, importance))
-
-    full = np.abs(weight).max(-1) / code_range(bits)[1]
-    dense = np.min([error(full * share) for share in np.linspace(0.3, 2.1, 400)], axis=0)
-    found = error(search_scale(weight, importance, bits, limit, floor))
-    # The search tries 33 scales and the error is ragged in the scale: near on average, never far.
-    assert np.all(found <= 1.6 * dense)
-    assert np.mean(found / dense) < 1.25
-    assert np.all(found <= error(storable(full, floor)) * 1.05)
+    limit, floor = code_range(bits)[1] + 1 if limited else None, np.zeros((2, 3))
+    plain = storable(np.abs(weight).max(-1) / code_range(bits)[1], floor)
+    scale = search_scale(weight, importance, bits, limit, floor)
+    errors = [weighted_error(weight, importance, s, bits, limit) for s in (scale, plain)]
+    assert np.all(errors[0] <= errors[1] * (1 + 1e-9))
 
 
 @fuzz
@@ -118,7 +130,10 @@ def test_a_large_weight_on_a_dead_input_does_not_coarsen_the_scale(bits: int, im
     )
 
 
-def test_all_inputs_dead_still_covers_the_weights() -> None:
-    weight = np.array([[[3.0, -1.0]]])
-    scale = search_scale(weight, np.zeros((1, 2)), 8, None, np.zeros((1, 1)))
-    np.testing.assert_allclose(nearest(weight, scale, 8) * scale[..., None], weight, atol=0.11 * 3)
+def test_all_inputs_dead_are_all_alike() -> None:
+    weight, floor = np.random.default_rng(0).normal(size=(2, 3, 20)), np.zeros((2, 3))
+    importance = np.array([np.zeros(20), np.arange(20.0)])  # the first group is dead
+    alike = np.array([np.ones(20), np.arange(20.0)])
+    np.testing.assert_array_equal(
+        search_scale(weight, importance, 4, None, floor), search_scale(weight, alike, 4, None, floor)
+    )

@@ -73,7 +73,9 @@ def _pixels(path: Path, size: tuple[int, int], mode: str) -> F32:
 
 def _shaped(array: Array, spec: InputSpec, path: Path) -> F32:
     if array.shape[1:] != spec.shape or not len(array):
-        raise OptionError(f"{str(path)!r} holds {array.shape}; input {spec.name!r} needs [N, {', '.join(map(str, spec.shape))}]")
+        raise OptionError(
+            f"{str(path)!r} holds {array.shape}; input {spec.name!r} needs [N, {', '.join(map(str, spec.shape))}]"
+        )
     if array.dtype == np.uint8 and spec.image:
         pixels = array.astype(np.float32) / np.float32(255)
         return spec.place(pixels.transpose(0, 3, 1, 2) if spec.channels_last else pixels)

@@ -47,7 +47,7 @@ class Normalization:
     def apply(self, images: F32) -> F32:
         """Images in [0, 1] [N, C, ...] to the model's scale."""
         shape = (1, -1, *(1,) * (images.ndim - 2))
-        mean, std = np.float32(self.mean).reshape(shape), np.float32(self.std).reshape(shape)
+        mean, std = np.array(self.mean, np.float32).reshape(shape), np.array(self.std, np.float32).reshape(shape)
         return np.asarray((images * np.float32(255) - mean) / std, np.float32)
 
     @property

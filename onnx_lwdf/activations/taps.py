@@ -81,7 +81,9 @@ def sample(
     total = sum(len(next(iter(chunk.values()))) for chunk in chunks)
     batch = len(next(iter(chunks[0].values())))
     aligned = {
-        name: _replace(graph, name, align, known[name], (batch, *shapes[name][1:])) for name in known if align is not None
+        name: _replace(graph, name, align, known[name], (batch, *shapes[name][1:]))
+        for name in known
+        if align is not None
     }
     taps = {
         layer.name: _layer_tap(graph, layer, aligned.get(layer.input, layer.input), shapes[layer.input], total)
@@ -119,7 +121,11 @@ def tensor_shapes(model: onnx.ModelProto, tensors: Iterable[str], feed: Feed) ->
 
 
 def _run(
-    graph: Graph, layers: Mapping[str, _Tap], tensors: Mapping[str, _Tap], chunks: Sequence[Feed], rng: np.random.Generator
+    graph: Graph,
+    layers: Mapping[str, _Tap],
+    tensors: Mapping[str, _Tap],
+    chunks: Sequence[Feed],
+    rng: np.random.Generator,
 ) -> Samples:
     taps = [*layers.values(), *tensors.values()]
     session = _session(graph, taps)
@@ -129,7 +135,8 @@ def _run(
     count = dict.fromkeys(layers, 0)
     for chunk in chunks:
         indices = {tap.feed: tap.draw(rng) for tap in taps if tap.feed is not None and tap.draw is not None}
-        feeds = {name: value for name, value in {**chunk, **indices}.items() if name in inputs}
+        given: dict[str, Array] = {**chunk, **indices}
+        feeds = {name: value for name, value in given.items() if name in inputs}
         answers = dict(zip(outputs, run(session, feeds, outputs), strict=True))
         for name, tap in layers.items():
             x = tap.decode(answers[tap.output])  # [groups, in, positions]

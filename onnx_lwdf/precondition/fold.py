@@ -94,7 +94,7 @@ def _is_batchnorm(node: onnx.NodeProto) -> bool:
 
 
 def _epsilon(node: onnx.NodeProto) -> float:
-    return float(attribute(node, "epsilon", 1e-5))  # type: ignore[arg-type]
+    return float(attribute(node, "epsilon", 1e-5))
 
 
 def _parameters(graph: Graph, node: onnx.NodeProto) -> list[F64] | None:
@@ -151,7 +151,7 @@ def _pad_widths(graph: Graph, pad: onnx.NodeProto) -> list[int] | None:
         return None
     if len(pad.input) < 2:  # before opset 11 the widths are an attribute
         value = attribute(pad, "value", 0.0)
-        return None if value else list(attribute(pad, "pads", []))  # type: ignore[call-overload]
+        return None if value else list(attribute(pad, "pads", []))
     widths = graph.constant(pad.input[1])
     fill = graph.constant(pad.input[2]) if len(pad.input) > 2 and pad.input[2] else np.zeros(1)
     axes = len(pad.input) > 3 and pad.input[3]

@@ -78,7 +78,7 @@ def _candidates(graph: Graph, group: ChannelGroup, samples: Samples, rng: np.ran
     rotation = np.linalg.qr(rng.standard_normal(covariance.shape))[0] if matrix else np.eye(group.channels)
     found = []
     for t in GEODESIC:
-        root = _power(_geodesic(sensitivity, np.linalg.inv(covariance), t), 0.5)
+        root = _power(_geodesic(sensitivity, np.asarray(np.linalg.inv(covariance)), t), 0.5)
         a = rotation @ (root / np.exp(np.linalg.slogdet(root)[1] / group.channels))
         found.append(Transform(a, np.linalg.inv(a), shift))
     return found

@@ -61,7 +61,7 @@ def prepared(model, bits):
 
 
 def test_groups_of_a_residual_chain():
-    graph, _, groups, _, _ = prepared(bottleneck(), 8)
+    _, _, groups, _, _ = prepared(bottleneck(), 8)
     found = {frozenset(group.tensors): group for group in groups}
     chain = found[frozenset({"p", "q", "s"})]
     assert chain.linear
@@ -86,7 +86,9 @@ def test_transforms_keep_the_function_and_are_taken(bits):
     weights = {t.name: numpy_helper.to_array(t) for t in graph.snapshot().graph.initializer}
     transform.transform_groups(graph, groups, plan, seen, np.random.default_rng(0))
     after = graph.snapshot()
-    changed = [t.name for t in after.graph.initializer if not np.array_equal(numpy_helper.to_array(t), weights.get(t.name))]
+    changed = [
+        t.name for t in after.graph.initializer if not np.array_equal(numpy_helper.to_array(t), weights.get(t.name))
+    ]
     assert "w1" in changed  # the wide channel was worth it
     # A and its inverse are applied in float64; weights are rounded once to float32, at condition numbers up to about 100.
     np.testing.assert_allclose(answers(after, feeds)[0], before[0], rtol=1e-3, atol=1e-3 * np.abs(before[0]).max())

@@ -45,12 +45,14 @@ def test_codes_are_those_of_plain_elimination(channels: int) -> None:
 
 
 def test_correlated_inputs_share_their_errors() -> None:
-    """Two inputs that are always equal: only the sum of their weights counts, and it is met to half a code."""
-    problem = random_problem(0, out=50, channels=2, bits=4)
-    problem = replace(problem, hessian=np.ones((1, 2, 2)))
+    """Inputs that are always equal: only the sum of their weights counts, and it is met to half a code."""
+    problem = random_problem(0, out=50, channels=10, bits=4)
+    weight = problem.weight.copy()
+    weight[..., -1] = 0  # the last column has room for what the others leave: it is not clipped
+    problem = replace(problem, weight=weight, hessian=np.ones((1, 10, 10)))
     answer = gptq.solve(problem)
     assert np.abs((answer.weight - problem.weight).sum(-1) / answer.scale).max() <= 0.5 + 0.02  # damping
-    assert answer.loss < 0.7 * rtn.solve(problem).loss
+    assert answer.loss < 0.3 * rtn.solve(problem).loss
 
 
 def test_a_pair_limit_is_paid_for_by_later_columns() -> None:

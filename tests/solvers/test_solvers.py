@@ -166,6 +166,7 @@ def test_all_inputs_dead_gives_a_finite_answer(solve: Solver) -> None:
     problem = random_problem(0)
     answer = solve(replace(problem, hessian=np.zeros_like(problem.hessian)))
     assert answer.loss == 0
+    assert answer.notes == ()
     # As good as any weight of four bits: a group may be dead on synthetic inputs and live on real ones.
     assert np.square(answer.weight - problem.weight).sum() < 0.02 * np.square(problem.weight).sum()
 
