@@ -14,7 +14,7 @@ from onnx_lwdf import model_io
 from onnx_lwdf.compress import Compressed, OnLayer, Prepared, compress_model, prepare
 from onnx_lwdf.config import Config
 from onnx_lwdf.errors import GateError, OptionError
-from onnx_lwdf.layers import Layer, Skipped
+from onnx_lwdf.layers import Layer, Skipped, output_axis
 from onnx_lwdf.layerwise import Solved, method_of
 from onnx_lwdf.report import LayerReport, Report
 
@@ -269,7 +269,7 @@ def _planned(prepared: Prepared, layer: Layer, config: Config) -> LayerReport:
         sparsity=0.0,
         sqnr_db=None,
         bytes_before=weight.nbytes,
-        bytes_after=weight.size,
+        bytes_after=weight.size + 4 * weight.shape[output_axis(layer)],
     )
 
 
@@ -287,7 +287,7 @@ def _solved(done: Compressed, answer: Solved) -> LayerReport:
         weight_bits=answer.bits.weight,
         activation_bits=answer.bits.activation,
         sparsity=float((codes == 0).mean()),
-        sqnr_db=done.fidelity.layers.get(answer.layer.output),
+        sqnr_db=done.fidelity.layers[answer.layer.name],
         bytes_before=4 * codes.size,
         bytes_after=stored,
     )

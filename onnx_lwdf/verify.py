@@ -22,18 +22,19 @@ class Fidelity:
     """SQNR in dB by tensor name; +inf where nothing differs."""
 
     outputs: Mapping[str, float]
-    layers: Mapping[str, float]  # by the name of the layer's output tensor
+    layers: Mapping[str, float]  # by layer name
 
 
 def verify(
     original: onnx.ModelProto,
     preconditioned: onnx.ModelProto,
     compressed: onnx.ModelProto,
-    tensors: Sequence[str],
+    layers: Mapping[str, str],
     feeds: Sequence[Feed],
 ) -> Fidelity:
-    """Compare the model's outputs with the original's, and inner tensors with those of the preconditioned float model.
+    """Compare the model's outputs with the original's, and layers with those of the preconditioned float model.
 
+    `layers` maps layer names to their output tensors.
     The outputs come from the file as it will run, with integer kernels. Raises ModelError where they are not finite.
     """
     outputs = [value.name for value in original.graph.output]
@@ -41,9 +42,9 @@ def verify(
     lost = [name for name, db in measured.items() if math.isnan(db)]
     if lost:
         raise ModelError(f"the compressed model's output {lost[0]!r} is not finite; nothing was written")
-    inner = [name for name in dict.fromkeys(tensors) if name not in outputs]
-    layers = _compare(_exposing(preconditioned, inner), _exposing(compressed, inner), inner, feeds)
-    return Fidelity(measured, layers | measured)
+    inner = [name for name in dict.fromkeys(layers.values()) if name not in outputs]
+    known = measured | _compare(_exposing(preconditioned, inner), _exposing(compressed, inner), inner, feeds)
+    return Fidelity(measured, {name: known[tensor] for name, tensor in layers.items()})
 
 
 def _exposing(model: onnx.ModelProto, tensors: Sequence[str]) -> onnx.ModelProto:
