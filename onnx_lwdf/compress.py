@@ -94,9 +94,7 @@ def compress_model(source: Source, config: Config, on_layer: OnLayer) -> Compres
         on_layer(Progress("solve", answer.layer.name, len(solved), len(layers)))
 
     signed = TARGETS[config.target].signed_activations
-    outputs = {
-        layer.name: layer.output for layer in layers
-    }  # before the emitter renames what is an output of the model
+    outputs = {layer.name: layer.output for layer in layers}  # by the names that they have in the float model
     stored = [_stored(graph, answer) for answer in solved]
     FORMATS[config.stored_format].emit(graph, stored, sites, grids, signed)
     graph.commit()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields
 from typing import Any
@@ -68,6 +69,7 @@ class Config:
             raise OptionError(
                 f"format {self.format!r} stores {wanted} activations; change --format or --activation-bits"
             )
+        self._check_numbers()
         if self.samples < 1:
             raise OptionError(f"samples is {self.samples}; it must be at least 1")
         if self.jobs is not None and self.jobs < 1:
@@ -80,6 +82,22 @@ class Config:
             raise OptionError(f"input-std is {self.input_std}; every value must be positive")
         if self.input_range is not None and self.input_range[0] >= self.input_range[1]:
             raise OptionError(f"input-range is {self.input_range}; the first value must be below the second")
+
+    def _check_numbers(self) -> None:
+        numbers = {
+            "fail-under": (self.fail_under,),
+            "input-range": self.input_range or (),
+            "input-mean": self.input_mean or (),
+            "input-std": self.input_std or (),
+        }
+        for name, values in numbers.items():
+            if not all(value is None or math.isfinite(value) for value in values):
+                raise OptionError(f"{name} is {values}; every value must be finite")
+        if self.seed < 0:
+            raise OptionError(f"seed is {self.seed}; it must not be negative")
+        for name, shape in self.input_shape.items():
+            if not shape or min(shape) < 1:
+                raise OptionError(f"input-shape of {name!r} is {tuple(shape)}; every size must be at least 1")
 
     @property
     def stored_format(self) -> str:

@@ -139,13 +139,13 @@ def _run(
         feeds = {name: value for name, value in given.items() if name in inputs}
         answers = dict(zip(outputs, run(session, feeds, outputs), strict=True))
         for name, tap in layers.items():
-            x = tap.decode(answers[tap.output])  # [groups, in, positions]
+            x = tap.decode(answers.pop(tap.output))  # [groups, in, positions]
             mean, power = x.sum(-1, dtype=np.float64), (x @ x.transpose(0, 2, 1)).astype(np.float64)
             before = sums.get(name)
             sums[name] = (mean, power) if before is None else (before[0] + mean, before[1] + power)
             count[name] += x.shape[-1]
         for name, tap in tensors.items():
-            values[name].append(tap.decode(answers[tap.output])[0])
+            values[name].append(tap.decode(answers.pop(tap.output))[0])
     moments = {name: Moments(mean / count[name], power / count[name]) for name, (mean, power) in sums.items()}
     return Samples(moments, {name: np.concatenate(parts, axis=-1) for name, parts in values.items()})
 
