@@ -27,8 +27,8 @@ Feed = Mapping[str, F32]
 Align = Callable[[Graph, str, ChannelStatistics, tuple[int, ...]], str]  # graph, tensor, what it must have, its shape
 
 CHUNK = 16  # images at a time: bounds the memory, and is enough for batch statistics
-FEWEST_POSITIONS, MOST_POSITIONS = 256, 4096  # of each layer over all samples, where it has so many
-PATCH_VALUES = 2**22  # of a layer over all samples; beyond, positions are fewer
+FEWEST_POSITIONS, MOST_POSITIONS = 1024, 4096  # of each layer over all samples, where it has so many
+PATCH_VALUES = 2**23  # of a layer over all samples; beyond, positions are fewer
 POSITIONS_PER_INPUT = 2  # a Hessian of rank `in` needs more positions than it has rows
 VALUES_PER_CHANNEL = 2048  # of each tensor over all samples: rare large values decide where a range may end
 
