@@ -174,7 +174,7 @@ def inspect(model: str | Path | onnx.ModelProto, config: Config | None = None) -
 def check(path: str | Path) -> tuple[str, ...]:
     """Problems of a file that this tool wrote; empty where it is sound.
 
-    The file must be valid ONNX with our provenance, every stored weight on its grid, and every output finite.
+    The file must be valid ONNX with our provenance, and every scale in it positive and finite. Nothing is run.
     """
     model = model_io.load(Path(path))
     if not model_io.provenance(model):

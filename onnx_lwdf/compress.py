@@ -22,6 +22,7 @@ from onnx_lwdf.plan import plan_bits
 from onnx_lwdf.precondition.channels import find_groups
 from onnx_lwdf.precondition.fold import fold
 from onnx_lwdf.precondition.transform import transform_groups
+from onnx_lwdf.runtime import copy_of
 from onnx_lwdf.sites import find_sites
 from onnx_lwdf.statistics import Statistics, origin
 from onnx_lwdf.verify import Fidelity, verify
@@ -109,7 +110,7 @@ def compress_model(source: Source, config: Config, on_layer: OnLayer) -> Compres
 def prepare(model: onnx.ModelProto, config: Config) -> Prepared:
     """Read and precondition: layers found, BatchNormalization folded, bits planned."""
     form = FORMATS[config.stored_format]
-    model, note = raise_opset(_copy(model), form.opset)
+    model, note = raise_opset(copy_of(model), form.opset)
     notes = [note, fix_initializers(model)]
     graph = Graph(model)
     statistics = fold(graph)
@@ -148,9 +149,3 @@ def _stored(graph: Graph, answer: Solved) -> Stored:
 def _verification(inputs: Sequence[InputSpec], config: Config) -> list[dict[str, np.ndarray]]:
     rng = np.random.default_rng([config.seed, 2])
     return [{spec.name: spec.draw(1, rng) for spec in inputs} for _ in range(VERIFIED_SAMPLES)]
-
-
-def _copy(model: onnx.ModelProto) -> onnx.ModelProto:
-    copy = onnx.ModelProto()
-    copy.CopyFrom(model)
-    return copy

@@ -18,7 +18,7 @@ import onnx_graphsurgeon as gs
 from onnx import numpy_helper
 from onnx_graphsurgeon.logger import G_LOGGER
 
-from onnx_lwdf.runtime import Array, quiet_sessions
+from onnx_lwdf.runtime import Array, copy_of, quiet_sessions
 
 log = logging.getLogger(__name__)
 
@@ -188,8 +188,7 @@ class Graph:
 
     def snapshot(self) -> onnx.ModelProto:
         """A copy of the model as it is now, edits of initializers included; nodes must not be edited since the last commit."""
-        copy = onnx.ModelProto()
-        copy.CopyFrom(self.model)
+        copy = copy_of(self.model)
         del copy.graph.initializer[:]
         copy.graph.initializer.extend(self.initializers.values())
         return copy

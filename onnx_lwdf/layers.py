@@ -57,6 +57,11 @@ class Layer:
         return self.node.input[1]
 
     @property
+    def kernel_size(self) -> int:
+        """Kernel positions: 1 for Gemm and MatMul."""
+        return math.prod(self.window.kernel) if self.window else 1
+
+    @property
     def output(self) -> str:
         """The tensor that holds W x + b."""
         node = self.bias[0] if self.bias else self.node

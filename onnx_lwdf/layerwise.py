@@ -10,7 +10,6 @@ V the stored weight and q the grid of the input.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -87,9 +86,8 @@ def _weighted_values(graph: Graph, readers: Sequence[Layer], site: Site, samples
 
 def input_energy(layer: Layer, weight: F64) -> F64:
     """[channels]: the squared weights that an error of each input channel meets. weight [groups, out, in]."""
-    kernel = math.prod(layer.window.kernel) if layer.window else 1
     energy = (weight**2).sum(1)  # [groups, in]
-    return energy.reshape(energy.shape[0], kernel, -1).sum(1).ravel()
+    return energy.reshape(energy.shape[0], layer.kernel_size, -1).sum(1).ravel()
 
 
 def solve_layers(
@@ -135,7 +133,7 @@ def _pose(
 ) -> _Task:
     weight, bias, moments = weight_of(graph, layer), bias_of(graph, layer), samples.moments[layer.name]
     grid = grids[layer.input] if bits.activation is not None else None
-    kernel = math.prod(layer.window.kernel) if layer.window else 1
+    kernel = layer.kernel_size
     mean, hessian = moments.mean, moments.hessian
     if layer.op == "ConvTranspose":  # its patches are single positions; each kernel position meets another one
         mean = np.tile(mean, (1, kernel))

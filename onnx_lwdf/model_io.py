@@ -17,7 +17,7 @@ from google.protobuf.message import DecodeError
 from onnx import external_data_helper, version_converter
 
 from onnx_lwdf.errors import ModelError
-from onnx_lwdf.runtime import PROTOBUF_LIMIT_BYTES, first_line
+from onnx_lwdf.runtime import PROTOBUF_LIMIT_BYTES, copy_of, first_line
 
 TOOL = "onnx-lwdf"
 PREFIX = "onnx_lwdf."  # of our keys in metadata_props
@@ -47,8 +47,7 @@ def tool_version() -> str:
 def read(source: str | Path | onnx.ModelProto) -> Source:
     """The model with its external data; ModelError where it is missing, not ONNX, truncated, or our own output."""
     if isinstance(source, onnx.ModelProto):
-        model = onnx.ModelProto()
-        model.CopyFrom(source)
+        model = copy_of(source)
         data = model.SerializeToString(deterministic=True)
         result = Source(model, None, hashlib.sha256(data).hexdigest(), len(data), external=False)
     else:
@@ -188,8 +187,7 @@ def write(model: onnx.ModelProto, path: Path, external: bool) -> int:
 def _write_in(model: onnx.ModelProto, path: Path, folder: Path, external: bool) -> int:
     staged, size = folder / path.name, 0
     if external:
-        copy = onnx.ModelProto()
-        copy.CopyFrom(model)
+        copy = copy_of(model)
         weights = f"{path.name}.data"
         onnx.save(copy, staged, save_as_external_data=True, location=weights, size_threshold=1024)
         if (folder / weights).exists():

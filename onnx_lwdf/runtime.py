@@ -47,9 +47,7 @@ def open_session(
             return ort.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
         with tempfile.TemporaryDirectory() as folder:
             path = Path(folder) / "model.onnx"
-            copy = onnx.ModelProto()
-            copy.CopyFrom(model)
-            onnx.save(copy, path, save_as_external_data=True)
+            onnx.save(copy_of(model), path, save_as_external_data=True)
             return ort.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
     except Exception as error:  # onnxruntime raises many unrelated pybind11 types
         raise ModelError(f"onnxruntime cannot load the model: {first_line(error)}") from error
@@ -61,6 +59,16 @@ def run(session: ort.InferenceSession, feeds: Mapping[str, Array], outputs: Sequ
         return [np.asarray(value) for value in session.run(outputs, dict(feeds))]
     except Exception as error:
         raise ModelError(f"onnxruntime cannot run the model: {first_line(error)}") from error
+
+
+def copy_of(model: onnx.ModelProto, outputs: Sequence[str] | None = None) -> onnx.ModelProto:
+    """A copy of the model; with `outputs`, these tensors are what it puts out."""
+    copy = onnx.ModelProto()
+    copy.CopyFrom(model)
+    if outputs is not None:
+        del copy.graph.output[:]
+        copy.graph.output.extend(onnx.helper.make_empty_tensor_value_info(name) for name in outputs)
+    return copy
 
 
 @contextlib.contextmanager

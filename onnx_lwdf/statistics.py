@@ -26,14 +26,6 @@ class ChannelStatistics:
     mean: F64  # [channels]
     deviation: F64  # [channels]
 
-    def scaled(self, factor: F64) -> ChannelStatistics:
-        """The statistics after the channels were multiplied by positive factors."""
-        return ChannelStatistics(self.mean * factor, self.deviation * factor)
-
-    def shifted(self, offset: F64) -> ChannelStatistics:
-        """The statistics after an offset was added to the channels."""
-        return ChannelStatistics(self.mean + offset, self.deviation)
-
 
 Statistics = Mapping[str, ChannelStatistics]  # tensor name -> its statistics
 

@@ -14,7 +14,7 @@ import onnx
 
 from onnx_lwdf.activations.taps import Feed
 from onnx_lwdf.errors import ModelError
-from onnx_lwdf.runtime import open_session, run
+from onnx_lwdf.runtime import copy_of, open_session, run
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,16 +43,8 @@ def verify(
     if lost:
         raise ModelError(f"the compressed model's output {lost[0]!r} is not finite; nothing was written")
     inner = [name for name in dict.fromkeys(layers.values()) if name not in outputs]
-    known = measured | _compare(_exposing(preconditioned, inner), _exposing(compressed, inner), inner, feeds)
+    known = measured | _compare(copy_of(preconditioned, inner), copy_of(compressed, inner), inner, feeds)
     return Fidelity(measured, {name: known[tensor] for name, tensor in layers.items()})
-
-
-def _exposing(model: onnx.ModelProto, tensors: Sequence[str]) -> onnx.ModelProto:
-    """A copy that also puts out these inner tensors."""
-    copy = onnx.ModelProto()
-    copy.CopyFrom(model)
-    copy.graph.output.extend(onnx.helper.make_empty_tensor_value_info(name) for name in tensors)
-    return copy
 
 
 def _compare(

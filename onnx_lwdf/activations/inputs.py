@@ -20,7 +20,7 @@ from onnx_lwdf.config import Config
 from onnx_lwdf.errors import ModelError, OptionError
 from onnx_lwdf.graph import Graph
 from onnx_lwdf.layers import WEIGHTED
-from onnx_lwdf.runtime import Array, open_session, run
+from onnx_lwdf.runtime import Array, copy_of, open_session, run
 from onnx_lwdf.statistics import F64, ChannelStatistics, Statistics
 
 DEFAULT_SIDE = 224  # pixels, where an image's height or width is dynamic
@@ -214,10 +214,7 @@ def infer(graph: Graph, spec: InputSpec, probe: str, stored: ChannelStatistics) 
 
 def _head(model: onnx.ModelProto, tensor: str) -> onnx.ModelProto:
     """The part of the model that makes the tensor."""
-    head = onnx.ModelProto()
-    head.CopyFrom(model)
-    del head.graph.output[:]
-    head.graph.output.append(onnx.helper.make_empty_tensor_value_info(tensor))
+    head = copy_of(model, [tensor])
     Graph(head).commit()
     return head
 

@@ -18,7 +18,7 @@ import onnxruntime as ort
 
 from onnx_lwdf.graph import Graph
 from onnx_lwdf.layers import Layer, Window, weight_of
-from onnx_lwdf.runtime import Array, open_session, run
+from onnx_lwdf.runtime import Array, copy_of, open_session, run
 from onnx_lwdf.statistics import F64, ChannelStatistics, Statistics
 
 F32 = npt.NDArray[np.float32]
@@ -72,10 +72,8 @@ def sample(
 
     `align` replaces every tensor that has statistics before the taps are laid: a source's way of making activations.
     """
-    probe = onnx.ModelProto()
-    probe.CopyFrom(model)
     tensors = list(dict.fromkeys(tensors))
-    graph = Graph(probe)
+    graph = Graph(copy_of(model))
     known = statistics if align else {}
     shapes = tensor_shapes(model, [*(layer.input for layer in layers), *tensors, *known], chunks[0])
     total = sum(len(next(iter(chunk.values()))) for chunk in chunks)
@@ -107,15 +105,11 @@ def _replace(graph: Graph, tensor: str, align: Align, known: ChannelStatistics, 
 
 def tensor_shapes(model: onnx.ModelProto, tensors: Iterable[str], feed: Feed) -> dict[str, tuple[int, ...]]:
     """The shapes of tensors, seen in one run of a single sample: works where shape inference does not."""
-    probe = onnx.ModelProto()
-    probe.CopyFrom(model)
     names = list(dict.fromkeys(tensors))
     inputs = [name for name in names if name in feed]
     wanted = [name for name in names if name not in feed]
-    del probe.graph.output[:]
-    probe.graph.output.extend(onnx.helper.make_empty_tensor_value_info(name) for name in wanted)
     single = {name: value[:1] for name, value in feed.items()}
-    values = run(open_session(probe), single, wanted) if wanted else []
+    values = run(open_session(copy_of(model, wanted)), single, wanted) if wanted else []
     shapes = {name: value.shape for name, value in zip(wanted, values, strict=True)}
     return shapes | {name: single[name].shape for name in inputs}
 

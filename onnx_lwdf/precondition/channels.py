@@ -95,10 +95,7 @@ def _channelwise(graph: Graph, node: onnx.NodeProto) -> bool:
 
 
 def _input_channels(graph: Graph, layer: Layer) -> int:
-    weight = weight_of(graph, layer)
-    kernel = 1
-    for size in layer.window.kernel if layer.window else ():
-        kernel *= size
     if layer.op == "ConvTranspose":
         return -1  # its input channels run along another axis; left out
-    return weight.shape[0] * weight.shape[2] // kernel
+    groups, _, inputs = weight_of(graph, layer).shape
+    return groups * inputs // layer.kernel_size
