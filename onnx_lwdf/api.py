@@ -274,8 +274,8 @@ def _planned(prepared: Prepared, layer: Layer, config: Config) -> LayerReport:
 
 
 def _solved(done: Compressed, answer: Solved) -> LayerReport:
-    codes = answer.solution.codes
-    stored = codes.size + 4 * answer.solution.scale.size
+    weight, rounding = answer.solution.weight, answer.solution.rounding
+    stored = 4 * weight.size if rounding is None else weight.size + 4 * rounding.scale.size
     return LayerReport(
         name=answer.layer.name,
         op=answer.layer.op,
@@ -286,8 +286,8 @@ def _solved(done: Compressed, answer: Solved) -> LayerReport:
         method=answer.method,
         weight_bits=answer.bits.weight,
         activation_bits=answer.bits.activation,
-        sparsity=float((codes == 0).mean()),
+        sparsity=float((weight == 0).mean()),
         sqnr_db=done.fidelity.layers[answer.layer.name],
-        bytes_before=4 * codes.size,
+        bytes_before=4 * weight.size,
         bytes_after=stored,
     )

@@ -12,7 +12,7 @@ from onnx_lwdf.activations.inputs import InputSpec, read_inputs
 from onnx_lwdf.activations.sampler import draw_chunks, synthesize
 from onnx_lwdf.config import TARGETS, Config
 from onnx_lwdf.emit import FORMATS
-from onnx_lwdf.emit.stored import Stored
+from onnx_lwdf.emit.stored import Rounded, Stored
 from onnx_lwdf.errors import ModelError
 from onnx_lwdf.graph import Graph
 from onnx_lwdf.layers import Bits, Layer, Skipped, find_layers, from_canonical, output_axis
@@ -103,7 +103,7 @@ def compress_model(source: Source, config: Config, on_layer: OnLayer) -> Compres
     feeds = _verification(prepared.inputs, config)
     fidelity = verify(source.model, preconditioned, graph.model, outputs, feeds)
     on_layer(Progress("verify", "", 1, 1))
-    shapes = {item.layer.name: item.codes.shape for item in stored}
+    shapes = {item.layer.name: item.weight.shape for item in stored}
     return Compressed(graph.model, prepared, solved, shapes, fidelity)
 
 
@@ -142,8 +142,13 @@ def _stored(graph: Graph, answer: Solved) -> Stored:
     layer, solution = answer.layer, answer.solution
     weight = graph.constant(layer.weight)
     assert weight is not None, layer.name
-    codes = from_canonical(layer, solution.codes, weight.shape)
-    return Stored(layer, codes, solution.scale.astype(np.float32).ravel(), output_axis(layer), answer.bias, answer.grid)
+    values = from_canonical(layer, solution.weight, weight.shape).astype(np.float32)
+    rounded = None
+    if solution.rounding is not None:
+        codes = from_canonical(layer, solution.rounding.codes, weight.shape)
+        scale = solution.rounding.scale.astype(np.float32).ravel()
+        rounded = Rounded(codes, scale, output_axis(layer), answer.bits.weight)
+    return Stored(layer, values, rounded, answer.bias, answer.grid)
 
 
 def _verification(inputs: Sequence[InputSpec], config: Config) -> list[dict[str, np.ndarray]]:

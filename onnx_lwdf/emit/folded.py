@@ -23,11 +23,12 @@ def emit(
 ) -> None:
     """Write the weights as int8 codes behind Cast and Mul; activations stay float."""
     for stored in layers:
-        node, stem = stored.layer.node, stored.layer.weight
-        shape = [1] * stored.codes.ndim
-        shape[stored.axis] = -1
-        codes = graph.add_constant(f"{stem}.codes", stored.codes)
-        scale = graph.add_constant(f"{stem}.scale", stored.scale.reshape(shape))
+        node, stem, rounded = stored.layer.node, stored.layer.weight, stored.rounded
+        assert rounded is not None, stored.layer.name
+        shape = [1] * rounded.codes.ndim
+        shape[rounded.axis] = -1
+        codes = graph.add_constant(f"{stem}.codes", rounded.codes)
+        scale = graph.add_constant(f"{stem}.scale", rounded.scale.reshape(shape))
         cast = graph.add("Cast", [codes], f"{stem}.cast", to=onnx.TensorProto.FLOAT)
         graph.connect(node, 1, graph.add("Mul", [cast, scale], f"{stem}.stored"))
         if stored.layer.bias is not None and (stored.bias.any() or len(node.input) > 2):

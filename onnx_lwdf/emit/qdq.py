@@ -14,9 +14,9 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 import onnx
 
-from onnx_lwdf.emit.stored import Stored
+from onnx_lwdf.emit.stored import Rounded, Stored
 from onnx_lwdf.graph import Graph
-from onnx_lwdf.layers import set_bias
+from onnx_lwdf.layers import Layer, set_bias
 from onnx_lwdf.ranges import ActivationGrid
 from onnx_lwdf.sites import Site, clip_bounds
 
@@ -26,8 +26,9 @@ def emit(
 ) -> None:
     """Write the layers' weights as codes behind DequantizeLinear, and Q-DQ pairs at every tensor of the sites."""
     for stored in layers:
-        _weight(graph, stored)
-        _bias(graph, stored)
+        assert stored.rounded is not None, stored.layer.name
+        _weight(graph, stored.layer, stored.rounded)
+        _bias(graph, stored, stored.rounded)
     for site in sites:
         grid = grids[site.tensors[0]]
         _free_activation(graph, site.tensors[0], grid)
@@ -35,16 +36,16 @@ def emit(
             _quantize(graph, tensor, grid, signed)
 
 
-def _weight(graph: Graph, stored: Stored) -> None:
-    stem = stored.layer.weight
-    codes = graph.add_constant(f"{stem}.codes", stored.codes)
-    scale = graph.add_constant(f"{stem}.scale", stored.scale)
-    zero = graph.add_constant(f"{stem}.zero_point", np.zeros(stored.scale.shape, np.int8))
-    weight = graph.add("DequantizeLinear", [codes, scale, zero], f"{stem}.stored", axis=stored.axis)
-    graph.connect(stored.layer.node, 1, weight)
+def _weight(graph: Graph, layer: Layer, rounded: Rounded) -> None:
+    stem = layer.weight
+    codes = graph.add_constant(f"{stem}.codes", rounded.codes)
+    scale = graph.add_constant(f"{stem}.scale", rounded.scale)
+    zero = graph.add_constant(f"{stem}.zero_point", np.zeros(rounded.scale.shape, np.int8))
+    weight = graph.add("DequantizeLinear", [codes, scale, zero], f"{stem}.stored", axis=rounded.axis)
+    graph.connect(layer.node, 1, weight)
 
 
-def _bias(graph: Graph, stored: Stored) -> None:
+def _bias(graph: Graph, stored: Stored, rounded: Rounded) -> None:
     """int32 where the layer itself holds it (older onnxruntime does not fuse a float one), float in an Add."""
     node = stored.layer.node
     if stored.layer.bias is None:
@@ -52,7 +53,7 @@ def _bias(graph: Graph, stored: Stored) -> None:
     if stored.layer.op == "MatMul" or stored.grid is None:
         set_bias(graph, stored.layer, stored.bias)
         return
-    scale = (np.float32(stored.grid.scale) * stored.scale).astype(np.float32)
+    scale = (np.float32(stored.grid.scale) * rounded.scale).astype(np.float32)
     codes = np.rint(stored.bias / scale.astype(np.float64))
     limit = np.iinfo(np.int32).max
     stem = f"{stored.layer.weight}.bias"

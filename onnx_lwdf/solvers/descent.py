@@ -25,12 +25,11 @@ BLOCK = 64
 
 def solve(problem: LayerProblem) -> LayerSolution:
     """Second-order rounding, then coordinate descent and fits of the scale in turn."""
-    start = gptq.solve(problem)
-    codes, scale = start.codes.astype(np.float64), start.scale
+    codes, scale, notes = gptq.start(problem)
     for _ in range(FITS):
         codes = descend(problem, codes, scale)
         scale = _fitted(problem, codes, scale)
-    return solution(problem, descend(problem, codes, scale), scale, start.notes)
+    return solution(problem, descend(problem, codes, scale), scale, notes)
 
 
 def descend(problem: LayerProblem, codes: F64, scale: F64) -> F64:

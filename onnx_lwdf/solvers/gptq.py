@@ -34,15 +34,20 @@ class _Pairs:
 
 def solve(problem: LayerProblem) -> LayerSolution:
     """Second-order rounding on the scale of least weighted error; no channel is worse than by nearest rounding."""
+    return solution(problem, *start(problem))
+
+
+def start(problem: LayerProblem) -> tuple[F64, F64, tuple[str, ...]]:
+    """Codes [groups, out, in], scale [groups, out] and notes of `solve`."""
     importance = np.diagonal(problem.hessian, axis1=1, axis2=2)  # [groups, in]
     scale = search_scale(problem.weight, importance, problem.bits, problem.pair_limit, problem.scale_floor)
     plain = nearest(problem.weight, scale, problem.bits, problem.pair_limit)
     codes, note = round_columns(problem, scale)
     if codes is None:
-        return solution(problem, plain, scale, (note,))
+        return plain, scale, (note,)
     losses = [channel_loss(problem.weight, scale[..., None] * c, problem.hessian) for c in (codes, plain)]
     chosen = np.where((losses[0] <= losses[1])[..., None], codes, plain)
-    return solution(problem, chosen, scale, (note,) if note else ())
+    return chosen, scale, (note,) if note else ()
 
 
 def round_columns(problem: LayerProblem, scale: F64) -> tuple[F64 | None, str]:

@@ -32,18 +32,21 @@ class LayerProblem:
 
 
 @dataclass(frozen=True, slots=True)
-class LayerSolution:
-    """What a solver answers: weight = scale[..., None] * codes."""
+class Rounding:
+    """A weight on its grid: scale[..., None] * codes."""
 
     codes: Codes  # [groups, out, in]
     scale: F64  # [groups, out], positive and exactly representable in float32
+
+
+@dataclass(frozen=True, slots=True)
+class LayerSolution:
+    """What a solver answers."""
+
+    weight: F64  # [groups, out, in], as it is stored
+    rounding: Rounding | None  # None: the values stay float
     loss: float  # the quadratic error above
     notes: tuple[str, ...] = ()
-
-    @property
-    def weight(self) -> F64:
-        """The stored weight, [groups, out, in]."""
-        return self.scale[..., None] * self.codes
 
 
 def channel_loss(weight: F64, stored: F64, hessian: F64) -> F64:
@@ -53,6 +56,7 @@ def channel_loss(weight: F64, stored: F64, hessian: F64) -> F64:
 
 
 def solution(problem: LayerProblem, codes: F64, scale: F64, notes: tuple[str, ...] = ()) -> LayerSolution:
-    """The answer with its loss."""
-    loss = float(channel_loss(problem.weight, scale[..., None] * codes, problem.hessian).sum())
-    return LayerSolution(codes.astype(np.int8), scale, loss, notes)
+    """The answer on the grid, with its loss."""
+    weight = scale[..., None] * codes
+    loss = float(channel_loss(problem.weight, weight, problem.hessian).sum())
+    return LayerSolution(weight, Rounding(codes.astype(np.int8), scale), loss, notes)

@@ -21,10 +21,10 @@ def test_the_loss_never_rises(seed: int, bits: int, limited: bool) -> None:
     limit = code_range(bits)[1] + 1 if limited else None
     problem = random_problem(seed, groups=2, channels=9, bits=bits, pair_limit=limit)
     for start in (gptq.solve(problem), rtn.solve(problem)):
-        codes = descent.descend(problem, start.codes.astype(np.float64), start.scale)
+        codes = descent.descend(problem, start.rounding.codes.astype(np.float64), start.rounding.scale)
         before, after = (
-            loss_by_definition(problem.weight, start.scale[..., None] * c, problem.hessian)
-            for c in (start.codes, codes)
+            loss_by_definition(problem.weight, start.rounding.scale[..., None] * c, problem.hessian)
+            for c in (start.rounding.codes, codes)
         )
         assert np.all(after <= before * (1 + 1e-9))
     assert descent.solve(problem).loss <= gptq.solve(problem).loss * (1 + 1e-9)
@@ -38,11 +38,11 @@ def test_no_change_of_one_code_lowers_the_loss(seed: int, limit: int | None) -> 
     reached = loss_by_definition(problem.weight, answer.weight, problem.hessian)
     for column in range(5):
         for code in range(-4, 4):
-            codes = answer.codes.astype(np.float64)
+            codes = answer.rounding.codes.astype(np.float64)
             codes[..., column] = code
             partner = column ^ 1
             allowed = limit is None or partner > 4 or np.abs(codes[..., column] + codes[..., partner]) <= limit
-            changed = loss_by_definition(problem.weight, answer.scale[..., None] * codes, problem.hessian)
+            changed = loss_by_definition(problem.weight, answer.rounding.scale[..., None] * codes, problem.hessian)
             assert np.all((changed >= reached * (1 - 1e-6)) | ~np.asarray(allowed))
 
 
@@ -50,7 +50,7 @@ def test_no_change_of_one_code_lowers_the_loss(seed: int, limit: int | None) -> 
 @given(seeds)
 def test_the_scale_is_a_minimum_for_its_codes(seed: int) -> None:
     problem = random_problem(seed, bits=3)
-    codes = gptq.solve(problem).codes.astype(np.float64)
+    codes = gptq.solve(problem).rounding.codes.astype(np.float64)
     start = np.full((1, 4), 0.3)
     fitted = descent._fitted(problem, codes, start)
     losses = [
@@ -62,10 +62,10 @@ def test_the_scale_is_a_minimum_for_its_codes(seed: int) -> None:
 
 def test_a_fitted_scale_keeps_its_floor() -> None:
     problem = random_problem(0, bits=3)
-    floor = gptq.solve(problem).scale * 1.3
+    floor = gptq.solve(problem).rounding.scale * 1.3
     problem = replace(problem, scale_floor=floor)
     answer = descent.solve(problem)
-    assert np.all(answer.scale >= floor)
+    assert np.all(answer.rounding.scale >= floor)
     assert answer.loss <= gptq.solve(problem).loss
 
 
@@ -76,7 +76,7 @@ def test_blocks_do_not_show() -> None:
     rng = np.random.default_rng(0)
     for column in rng.choice(descent.BLOCK + 20, 20, replace=False):
         for step in (-1, 1):
-            codes = answer.codes.astype(np.float64)
+            codes = answer.rounding.codes.astype(np.float64)
             codes[..., column] = np.clip(codes[..., column] + step, -4, 3)
-            changed = loss_by_definition(problem.weight, answer.scale[..., None] * codes, problem.hessian)
+            changed = loss_by_definition(problem.weight, answer.rounding.scale[..., None] * codes, problem.hessian)
             assert np.all(changed >= loss_by_definition(problem.weight, answer.weight, problem.hessian) * (1 - 1e-6))

@@ -51,7 +51,7 @@ def test_correlated_inputs_share_their_errors() -> None:
     weight[..., -1] = 0  # the last column has room for what the others leave: it is not clipped
     problem = replace(problem, weight=weight, hessian=np.ones((1, 10, 10)))
     answer = gptq.solve(problem)
-    assert np.abs((answer.weight - problem.weight).sum(-1) / answer.scale).max() <= 0.5 + 0.02  # damping
+    assert np.abs((answer.weight - problem.weight).sum(-1) / answer.rounding.scale).max() <= 0.5 + 0.02  # damping
     assert answer.loss < 0.3 * rtn.solve(problem).loss
 
 
@@ -82,7 +82,7 @@ def test_a_hessian_that_no_damping_saves_falls_back_to_nearest_rounding() -> Non
     problem = replace(problem, hessian=hessian[None])
     answer = gptq.solve(problem)
     assert answer.notes == ("H could not be factored; nearest rounding",)
-    np.testing.assert_array_equal(answer.codes, rtn.solve(problem).codes)
+    np.testing.assert_array_equal(answer.rounding.codes, rtn.solve(problem).rounding.codes)
 
 
 def test_conditional_variances_are_those_of_regression_on_the_later_columns() -> None:

@@ -12,7 +12,7 @@ from . import random_problem
 def test_every_code_is_the_nearest_one() -> None:
     problem = random_problem(1, groups=2, bits=3)
     answer = rtn.solve(problem)
-    every = np.arange(-4, 4) * answer.scale[..., None, None]  # [groups, out, 1, codes]
+    every = np.arange(-4, 4) * answer.rounding.scale[..., None, None]  # [groups, out, 1, codes]
     least = np.abs(problem.weight[..., None] - every).min(-1)
     np.testing.assert_allclose(np.abs(problem.weight - answer.weight), least, rtol=1e-12)
 
@@ -24,4 +24,4 @@ def test_important_inputs_choose_the_scale() -> None:
     importance[3] = 1.0
     answer = rtn.solve(replace(problem, hessian=np.diag(importance)[None]))
     errors = np.abs(problem.weight - answer.weight)[0, 0]
-    assert errors[3] < 0.02 * answer.scale[0, 0]
+    assert errors[3] < 0.02 * answer.rounding.scale[0, 0]

@@ -32,8 +32,8 @@ def channel_losses(problem: LayerProblem, answer: LayerSolution) -> np.ndarray:
 
 
 def assert_same(one: LayerSolution, other: LayerSolution) -> None:
-    np.testing.assert_array_equal(one.codes, other.codes)
-    np.testing.assert_array_equal(one.scale, other.scale)
+    np.testing.assert_array_equal(one.rounding.codes, other.rounding.codes)
+    np.testing.assert_array_equal(one.rounding.scale, other.rounding.scale)
 
 
 @every_solver
@@ -57,11 +57,11 @@ def test_codes_are_in_range_and_no_pair_is_over_the_limit(
     problem = replace(problem, weight=np.abs(problem.weight) + 1.0)
     answer = solve(problem)
     low, high = code_range(bits)
-    assert answer.codes.dtype == np.int8
-    assert low <= answer.codes.min() <= answer.codes.max() <= high
-    assert limit is None or pair_sums(answer.codes).max(initial=0) <= limit
-    assert np.all(answer.scale > 0)
-    assert np.array_equal(answer.scale, answer.scale.astype(np.float32))
+    assert answer.rounding.codes.dtype == np.int8
+    assert low <= answer.rounding.codes.min() <= answer.rounding.codes.max() <= high
+    assert limit is None or pair_sums(answer.rounding.codes).max(initial=0) <= limit
+    assert np.all(answer.rounding.scale > 0)
+    assert np.array_equal(answer.rounding.scale, answer.rounding.scale.astype(np.float32))
 
 
 @every_solver
@@ -70,7 +70,7 @@ def test_codes_are_in_range_and_no_pair_is_over_the_limit(
 def test_the_scale_keeps_its_floor(solve: Solver, seed: int) -> None:
     problem = random_problem(seed)
     floor = np.exp(2 * np.random.default_rng(seed).normal(size=problem.scale_floor.shape)) * 0.3
-    assert np.all(solve(replace(problem, scale_floor=floor)).scale >= floor)
+    assert np.all(solve(replace(problem, scale_floor=floor)).rounding.scale >= floor)
 
 
 @every_solver
@@ -79,7 +79,7 @@ def test_the_scale_keeps_its_floor(solve: Solver, seed: int) -> None:
 def test_no_loss_is_below_the_best_of_all_codes(solve: Solver, seed: int, width: int, limit: int | None) -> None:
     problem = random_problem(seed, out=6, channels=width, bits=2, pair_limit=limit)
     answer = solve(problem)
-    least = least_loss(problem, answer.scale, range(-2, 2))
+    least = least_loss(problem, answer.rounding.scale, range(-2, 2))
     assert np.all(channel_losses(problem, answer) >= least * (1 - 1e-9) - 1e-12)
 
 
@@ -91,7 +91,7 @@ def test_the_loss_is_close_to_the_best_of_all_codes(solve: Solver, limit: int | 
         problem = random_problem(seed, out=6, channels=3, bits=2, pair_limit=limit)
         answer = solve(problem)
         reached += answer.loss
-        least += float(least_loss(problem, answer.scale, range(-2, 2)).sum())
+        least += float(least_loss(problem, answer.rounding.scale, range(-2, 2)).sum())
     assert reached < 1.1 * least  # measured: 1.00 to 1.04
 
 
@@ -102,7 +102,7 @@ def test_uncorrelated_inputs_of_equal_size_give_nearest_rounding(solve: Solver, 
     problem = random_problem(seed, groups=2, bits=bits)
     problem = replace(problem, hessian=np.tile(np.eye(problem.weight.shape[2]), (2, 1, 1)))
     answer = solve(problem)
-    np.testing.assert_array_equal(answer.codes, nearest(problem.weight, answer.scale, bits))
+    np.testing.assert_array_equal(answer.rounding.codes, nearest(problem.weight, answer.rounding.scale, bits))
 
 
 @on_hessian
@@ -123,8 +123,8 @@ def test_permuted_output_channels_permute_the_answer(solve: Solver, seed: int, k
     order = np.random.default_rng(seed).permutation(5)
     moved = solve(replace(problem, weight=problem.weight[:, order]))
     answer = solve(problem)
-    np.testing.assert_array_equal(moved.codes, answer.codes[:, order])
-    np.testing.assert_array_equal(moved.scale, answer.scale[:, order])
+    np.testing.assert_array_equal(moved.rounding.codes, answer.rounding.codes[:, order])
+    np.testing.assert_array_equal(moved.rounding.scale, answer.rounding.scale[:, order])
 
 
 @every_solver
@@ -135,8 +135,8 @@ def test_a_row_times_a_power_of_two_keeps_its_codes(solve: Solver, seed: int, po
     weight = problem.weight.copy()
     weight[:, 1] *= 2.0**power
     scaled, answer = solve(replace(problem, weight=weight)), solve(problem)
-    np.testing.assert_array_equal(scaled.codes, answer.codes)
-    np.testing.assert_array_equal(scaled.scale[:, 1], answer.scale[:, 1] * 2.0**power)
+    np.testing.assert_array_equal(scaled.rounding.codes, answer.rounding.codes)
+    np.testing.assert_array_equal(scaled.rounding.scale[:, 1], answer.rounding.scale[:, 1] * 2.0**power)
 
 
 @with_data
@@ -155,10 +155,10 @@ def test_a_dead_input_is_harmless(solve: Solver, dead_weight: float, limit: int 
     assert np.isfinite(answer.loss)
     if limit is None:
         live = [0, 1, 3, 4, 5, 6]
-        np.testing.assert_array_equal(answer.codes[..., live], reference.codes[..., live])
-        np.testing.assert_array_equal(answer.scale, reference.scale)
+        np.testing.assert_array_equal(answer.rounding.codes[..., live], reference.rounding.codes[..., live])
+        np.testing.assert_array_equal(answer.rounding.scale, reference.rounding.scale)
     else:
-        assert pair_sums(answer.codes).max() <= limit
+        assert pair_sums(answer.rounding.codes).max() <= limit
 
 
 @every_solver
@@ -177,8 +177,8 @@ def test_a_channel_of_zeros_stays_zero(solve: Solver) -> None:
     weight = problem.weight.copy()
     weight[:, 2] = 0
     answer = solve(replace(problem, weight=weight))
-    assert not answer.codes[:, 2].any()
-    assert np.all(np.isfinite(answer.scale))
+    assert not answer.rounding.codes[:, 2].any()
+    assert np.all(np.isfinite(answer.rounding.scale))
 
 
 @every_solver
@@ -204,8 +204,8 @@ def test_groups_together_are_groups_alone(solve: Solver, seed: int, shape: tuple
             scale_floor=problem.scale_floor[one],
         )
         answer = solve(alone)
-        np.testing.assert_array_equal(answer.codes, together.codes[one])
-        np.testing.assert_array_equal(answer.scale, together.scale[one])
+        np.testing.assert_array_equal(answer.rounding.codes, together.rounding.codes[one])
+        np.testing.assert_array_equal(answer.rounding.scale, together.rounding.scale[one])
 
 
 @every_solver

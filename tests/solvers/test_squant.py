@@ -27,7 +27,7 @@ def in_codes(exact: np.ndarray, kernel: int, bits: int = 8, limit: int | None = 
 
 def solved(problem: LayerProblem) -> np.ndarray:
     with patch.object(squant, "search_scale", lambda weight, *_: np.ones(weight.shape[:2])):
-        return squant.solve(problem).codes.astype(np.float64)
+        return squant.solve(problem).rounding.codes.astype(np.float64)
 
 
 @fuzz
