@@ -29,6 +29,7 @@ Align = Callable[[Graph, str, ChannelStatistics, tuple[int, ...]], str]  # graph
 CHUNK = 16  # images at a time: bounds the memory, and is enough for batch statistics
 FEWEST_POSITIONS, MOST_POSITIONS = 1024, 4096  # of each layer over all samples, where it has so many
 PATCH_VALUES = 2**23  # of a layer over all samples; beyond, positions are fewer
+UNKNOWN_DOUBT = 0.2  # from a single chunk
 POSITIONS_PER_INPUT = 2  # a Hessian of rank `in` needs more positions than it has rows
 VALUES_PER_CHANNEL = 2048  # of each tensor over all samples: rare large values decide where a range may end
 
@@ -39,6 +40,19 @@ class Moments:
 
     mean: F64  # [groups, in]
     hessian: F64  # [groups, in, in], E[x x^T]
+    doubt: F64  # [groups], how much of the correlations is chance: their variance between chunks over their square
+
+    @property
+    def covariance(self) -> F64:
+        """[groups, in, in] around the mean, what chance made of its off-diagonal taken away by shrinking it.
+
+        (The intensity of Schaefer and Strimmer, 2005, with chunks of images as the independent draws.)
+        """
+        centered = self.hessian - self.mean[:, :, None] * self.mean[:, None, :]
+        diagonal = np.maximum(np.einsum("gii->gi", centered), 0.0)
+        shrunk = centered * (1 - self.doubt)[:, None, None]
+        np.einsum("gii->gi", shrunk)[...] = diagonal
+        return shrunk
 
 
 @dataclass(frozen=True, slots=True)
@@ -124,9 +138,8 @@ def _run(
     taps = [*layers.values(), *tensors.values()]
     session = _session(graph, taps)
     outputs, inputs = [value.name for value in session.get_outputs()], {value.name for value in session.get_inputs()}
-    sums: dict[str, tuple[F64, F64]] = {}
+    sums: dict[str, tuple[F64, F64, F64]] = {}
     values: dict[str, list[F32]] = {name: [] for name in tensors}
-    count = dict.fromkeys(layers, 0)
     for chunk in chunks:
         indices = {tap.feed: tap.draw(rng) for tap in taps if tap.feed is not None and tap.draw is not None}
         given: dict[str, Array] = {**chunk, **indices}
@@ -135,13 +148,28 @@ def _run(
         for name, tap in layers.items():
             x = tap.decode(answers.pop(tap.output))  # [groups, in, positions]
             mean, power = x.sum(-1, dtype=np.float64), (x @ x.transpose(0, 2, 1)).astype(np.float64)
-            before = sums.get(name)
-            sums[name] = (mean, power) if before is None else (before[0] + mean, before[1] + power)
-            count[name] += x.shape[-1]
+            mean, power = mean / x.shape[-1], power / x.shape[-1]
+            means, powers, squares = sums.get(name, (np.zeros(()), np.zeros(()), np.zeros(())))
+            sums[name] = (means + mean, powers + power, squares + power**2)
         for name, tap in tensors.items():
             values[name].append(tap.decode(answers.pop(tap.output))[0])
-    moments = {name: Moments(mean / count[name], power / count[name]) for name, (mean, power) in sums.items()}
+    moments = {name: _moments(len(chunks), *parts) for name, parts in sums.items()}
     return Samples(moments, {name: np.concatenate(parts, axis=-1) for name, parts in values.items()})
+
+
+def _moments(chunks: int, means: F64, powers: F64, squares: F64) -> Moments:
+    """Of the sums over chunks of each chunk's moments and of the squares of the second ones."""
+    mean, hessian = means / chunks, powers / chunks
+    centered = hessian - mean[:, :, None] * mean[:, None, :]
+    if chunks == 1:
+        return Moments(mean, hessian, np.full(len(mean), UNKNOWN_DOUBT))
+    variance = np.maximum(squares / chunks - hessian**2, 0.0) / (chunks - 1)  # of the mean over the chunks
+    diagonal = np.einsum("gii->gi", centered)
+    unit = diagonal[:, :, None] * diagonal[:, None, :]
+    apart = (unit > 0) & ~np.eye(hessian.shape[1], dtype=bool)
+    unit = np.where(apart, unit, np.inf)
+    chance, found = (variance / unit).sum((1, 2)), (centered**2 / unit).sum((1, 2))
+    return Moments(mean, hessian, np.clip(chance / np.where(found > 0, found, np.inf), 0.0, 1.0))
 
 
 def _session(graph: Graph, taps: Sequence[_Tap]) -> ort.InferenceSession:
