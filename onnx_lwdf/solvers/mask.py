@@ -23,7 +23,7 @@ from onnx_lwdf.solvers.problem import F64, LayerProblem, Mask
 F32 = npt.NDArray[np.float32]
 
 ITERATIONS = 24
-FIRST_PENALTY, PENALTY_GROWTH = 0.03, 1.25
+FIRST_PENALTY, PENALTY_GROWTH = 0.1, 1.2
 DAMPING = 0.01  # of the mean of H's diagonal
 
 
@@ -83,6 +83,18 @@ def path(problem: LayerProblem, sparsities: Sequence[float], iterations: int) ->
             price = moved - kept_part
             penalty *= PENALTY_GROWTH
         yield mask
+
+
+def swapped(problem: LayerProblem, mask: Mask, weight: F64) -> Mask:
+    """The mask that trades weights that matter least for pruned ones whose return gains most, all others held.
+
+    `weight` is the refit within `mask`. Leaving costs v^2 H[j, j]; returning gains G^2 / H[j, j], G = (W - V) H.
+    """
+    hessian = damped(problem.hessian)
+    diagonal = np.einsum("gii->gi", hessian)[:, None, :]
+    gradient = (problem.weight - weight) @ hessian
+    score = np.where(mask, weight**2 * diagonal, gradient**2 / diagonal)
+    return largest(score, problem.sparsity, problem.nm)
 
 
 def damped(hessian: F64) -> F64:

@@ -18,23 +18,41 @@ from dataclasses import replace
 import numpy as np
 
 from onnx_lwdf.solvers import descent
-from onnx_lwdf.solvers.mask import damped, path, second_order
+from onnx_lwdf.solvers.mask import damped, path, second_order, swapped
 from onnx_lwdf.solvers.problem import F64, LayerProblem, LayerSolution, Mask, channel_loss, float_solution, solution
 
 CONJUGATE_STEPS = 60
+SWAPS = 2  # rounds
 TOLERANCE = 1e-4  # of the residual's norm
-CURVE_ITERATIONS, CURVE_STEPS = 6, 12  # of a mask and of its refit where only the loss is wanted
+CURVE_ITERATIONS, CURVE_STEPS = 10, 20  # of a mask and of its refit where only the loss is wanted
 
 
 def solve(problem: LayerProblem) -> LayerSolution:
     """The second-order mask, the refit, and with bits the rounding within the mask."""
     if not problem.prunes:
         return float_solution(problem, problem.weight) if problem.bits is None else descent.solve(problem)
-    mask = second_order(problem)
-    weight = refit(problem, mask)
+    mask, weight = prune(problem)
     if problem.bits is None:
         return float_solution(problem, weight)
     return solution(problem, *descent.refine(replace(problem, weight=weight), mask))
+
+
+def prune(problem: LayerProblem) -> tuple[Mask, F64]:
+    """The mask and the refit within it, after swaps that lower the loss."""
+    mask = second_order(problem)
+    weight = refit(problem, mask)
+    hessian = damped(problem.hessian)
+    loss = channel_loss(problem.weight, weight, hessian).sum()
+    for _ in range(SWAPS):
+        other = swapped(problem, mask, weight)
+        if np.array_equal(other, mask):
+            break
+        fitted = refit(problem, other)
+        reached = channel_loss(problem.weight, fitted, hessian).sum()
+        if not reached < loss:
+            break
+        mask, weight, loss = other, fitted, reached
+    return mask, weight
 
 
 def refit(problem: LayerProblem, mask: Mask, steps: int = CONJUGATE_STEPS) -> F64:

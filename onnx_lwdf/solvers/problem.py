@@ -5,7 +5,8 @@ A layer computes y = W x + b for every group. Its problem is to find the stored 
     loss = sum_g tr((W_g - V_g) H_g (W_g - V_g)^T),    H = E[x x^T]
 
 over the grid V = scale * codes, one scale per output channel, or over the V with enough zeros, or both.
-Shapes: `groups` is always the leading axis, `in` is ordered (kernel position, channel), the order in which onnxruntime's integer kernels flatten a filter.
+Shapes: `groups` is always the leading axis, `in` is ordered (kernel position, channel), the order in which
+onnxruntime's integer kernels flatten a filter.
 """
 
 from __future__ import annotations
