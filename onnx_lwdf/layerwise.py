@@ -148,7 +148,9 @@ def _pose(
         nm=pruning.nm,
     )
     stored_mean = mean if grid is None else mean + _mean_shift(grid, samples.values[layer.input], mean.shape, kernel)
-    return _Task(layer, bits, method_of(config, pruning.asked), grid, problem, bias, mean, stored_mean)
+    return _Task(
+        layer, bits, method_of(config, pruning.asked or bits.weight is None), grid, problem, bias, mean, stored_mean
+    )
 
 
 def _solve(task: _Task) -> LayerSolution:
