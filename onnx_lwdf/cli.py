@@ -84,6 +84,20 @@ def _pattern_bits(text: str) -> tuple[str, int]:
     return pattern, int(bits)
 
 
+def _pattern_share(text: str) -> tuple[str, float]:
+    pattern, _, share = text.rpartition("=")
+    if not pattern:
+        raise click.BadParameter(f"{text!r} is not PATTERN=F, such as '*/expand/*=0.7'.")
+    return pattern, _number(share)
+
+
+def _n_of_m(text: str) -> tuple[int, int]:
+    n, _, m = text.partition(":")
+    if not (n.isdecimal() and m.isdecimal()):
+        raise click.BadParameter(f"{text!r} is not N:M, such as 2:4.")
+    return int(n), int(m)
+
+
 def _name_shape(text: str) -> tuple[str, tuple[int, ...]]:
     name, _, dims = text.rpartition(":")
     sizes = dims.split(",")
@@ -129,7 +143,11 @@ _SOME_BITS = click.IntRange(BITS.start, BITS.stop - 1)
     "-o", "--output", type=_PATH, help="Where to write. [default: beside MODEL, as MODEL.w6a6.onnx at 6 bits]"
 )
 @click.option(
-    "-b", "--bits", type=_SOME_BITS, metavar="N", default=8, show_default=True, help="Bits of weights and activations."
+    "-b",
+    "--bits",
+    type=_SOME_BITS,
+    metavar="N",
+    help="Bits of weights and activations. [default: 8; with pruning alone they stay float]",
 )
 @click.option("--weight-bits", type=_SOME_BITS, metavar="N", help="Bits of weights alone.")
 @click.option(
@@ -155,7 +173,7 @@ _SOME_BITS = click.IntRange(BITS.start, BITS.stop - 1)
     default="auto",
     show_default=True,
     type=click.Choice(["auto", *SOLVERS]),
-    help="How the rounded weights are found.",
+    help="How the stored weights are found.",
 )
 @click.option(
     "--activations-from",
@@ -173,6 +191,21 @@ _SOME_BITS = click.IntRange(BITS.start, BITS.stop - 1)
     show_default=True,
     type=click.Choice(list(TARGETS)),
     help="The processor whose integer kernels run the file.",
+)
+@click.option(
+    "--sparsity",
+    type=_number,
+    metavar="F",
+    default=0.0,
+    help="Share of all weights that become 0, spent where it costs least.",
+)
+@click.option("--nm", type=_n_of_m, metavar="N:M", help="Prune to N of every M input channels, such as 2:4.")
+@click.option(
+    "--sparsity-for",
+    multiple=True,
+    type=_pattern_share,
+    metavar="PATTERN=F",
+    help="Share of the layers whose name or operator matches a glob; repeatable.",
 )
 @click.option("-x", "--exclude", multiple=True, metavar="PATTERN", help="Leave these layers alone; repeatable.")
 @click.option(
@@ -250,7 +283,7 @@ def _compress(model: Path, options: dict[str, Any]) -> None:
     for path in paths:
         reports.check_path(path)  # before the work, not after it
     config = api.configure(
-        **options | {"bits_for": dict(options["bits_for"]), "input_shape": dict(options["input_shape"])}
+        **options | {name: dict(options[name]) for name in ("bits_for", "sparsity_for", "input_shape")}
     )
     if dry_run:
         showing.show(api.inspect(model, config))

@@ -15,13 +15,14 @@ from onnx_lwdf.emit import FORMATS
 from onnx_lwdf.emit.stored import Rounded, Stored
 from onnx_lwdf.errors import ModelError
 from onnx_lwdf.graph import Graph
-from onnx_lwdf.layers import Bits, Layer, Skipped, find_layers, from_canonical, output_axis
+from onnx_lwdf.layers import Bits, Layer, Pruning, Skipped, find_layers, from_canonical, output_axis
 from onnx_lwdf.layerwise import Solved, choose_grids, solve_layers
 from onnx_lwdf.model_io import Source, fix_initializers, raise_opset
 from onnx_lwdf.plan import plan_bits
 from onnx_lwdf.precondition.channels import find_groups
 from onnx_lwdf.precondition.fold import fold
 from onnx_lwdf.precondition.transform import transform_groups
+from onnx_lwdf.pruning import plan_pruning, share_budget
 from onnx_lwdf.runtime import copy_of
 from onnx_lwdf.sites import find_sites
 from onnx_lwdf.statistics import Statistics, origin
@@ -52,6 +53,7 @@ class Prepared:
     skipped: Sequence[Skipped]
     statistics: Statistics
     plan: Mapping[str, Bits]
+    pruning: Mapping[str, Pruning]
     origins: Mapping[str, str]  # layer name -> where the statistics of its input come from
     inputs: Sequence[InputSpec]
     warnings: tuple[str, ...]
@@ -88,9 +90,10 @@ def compress_model(source: Source, config: Config, on_layer: OnLayer) -> Compres
     preconditioned = graph.snapshot()
     on_layer(Progress("precondition", "", 1, 1))
 
+    pruning = share_budget(graph, layers, prepared.pruning, samples, chunks[0], config)
     grids = choose_grids(graph, layers, sites, samples, prepared.inputs, config)
     solved: list[Solved] = []
-    for answer in solve_layers(graph, layers, prepared.plan, grids, samples, config):
+    for answer in solve_layers(graph, layers, prepared.plan, pruning, grids, samples, config):
         solved.append(answer)
         on_layer(Progress("solve", answer.layer.name, len(solved), len(layers)))
 
@@ -122,19 +125,26 @@ def prepare(model: onnx.ModelProto, config: Config) -> Prepared:
         reasons = "; ".join(dict.fromkeys(layer.reason for layer in skipped))
         raise ModelError(f"nothing to compress: {reasons or 'the model has no Conv, ConvTranspose, Gemm or MatMul'}")
     plan = plan_bits(graph, layers, skipped, config)
+    pruning = plan_pruning(graph, layers, skipped, config)
+    idle = [layer for layer in layers if plan[layer.name].weight is None and not pruning[layer.name].asked]
+    skipped += [_left(graph, layer, pruning[layer.name].note) for layer in idle]
+    layers = [layer for layer in layers if layer not in idle]
     inputs, warnings = read_inputs(graph, config, statistics)
     known = [spec.name for spec in inputs if spec.inferred]
     sampled = config.source == "data"
     origins = {layer.name: "data" if sampled else origin(graph, layer.input, statistics, known) for layer in layers}
-    return Prepared(graph, layers, skipped, statistics, plan, origins, inputs, (*filter(None, notes), *warnings))
+    return Prepared(
+        graph, layers, skipped, statistics, plan, pruning, origins, inputs, (*filter(None, notes), *warnings)
+    )
 
 
 def _unfit(graph: Graph, layer: Layer, name: str) -> Skipped:
+    return _left(graph, layer, f"onnxruntime has no integer {layer.op}; format {name} keeps it in float")
+
+
+def _left(graph: Graph, layer: Layer, reason: str) -> Skipped:
     weight = graph.constant(layer.weight)
-    shape = () if weight is None else weight.shape
-    return Skipped(
-        layer.name, layer.op, shape, f"onnxruntime has no integer {layer.op}; format {name} keeps it in float"
-    )
+    return Skipped(layer.name, layer.op, () if weight is None else weight.shape, reason)
 
 
 def _stored(graph: Graph, answer: Solved) -> Stored:
@@ -144,7 +154,7 @@ def _stored(graph: Graph, answer: Solved) -> Stored:
     assert weight is not None, layer.name
     values = from_canonical(layer, solution.weight, weight.shape).astype(np.float32)
     rounded = None
-    if solution.rounding is not None:
+    if solution.rounding is not None and answer.bits.weight is not None:
         codes = from_canonical(layer, solution.rounding.codes, weight.shape)
         scale = solution.rounding.scale.astype(np.float32).ravel()
         rounded = Rounded(codes, scale, output_axis(layer), answer.bits.weight)

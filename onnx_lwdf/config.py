@@ -37,7 +37,7 @@ TARGETS: Mapping[str, Target] = {
 class Config:
     """All options of one run; the command line and `compress()` use the same words."""
 
-    weight_bits: int = 8
+    weight_bits: int | None = 8  # None: weights stay float
     activation_bits: int | None = 8  # None: activations stay float
     bits_for: Mapping[str, int] = field(default_factory=dict)  # glob on node name or op type -> bits
     keep_first_last: bool | None = None  # None: on below 8 bits
@@ -45,6 +45,9 @@ class Config:
     activations_from: str = "aligned"  # a key of SOURCES, or a path
     format: str = "auto"
     target: str = "generic"
+    sparsity: float = 0.0  # share of the weights of all layers that can be pruned, which become 0
+    nm: tuple[int, int] | None = None  # N of every M consecutive input channels stay
+    sparsity_for: Mapping[str, float] = field(default_factory=dict)  # glob on node name or op type -> share
     exclude: tuple[str, ...] = ()  # globs on node name or op type
     input_shape: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
     input_range: tuple[float, float] | None = None
@@ -69,6 +72,14 @@ class Config:
             raise OptionError(
                 f"format {self.format!r} stores {wanted} activations; change --format or --activation-bits"
             )
+        if self.weight_bits is None and self.activation_bits is not None:
+            raise OptionError("activations are quantized only where the weights are; give --bits or --weight-bits")
+        if self.weight_bits is None and self.bits_for:
+            raise OptionError("bits-for quantizes single layers of a float model; give --bits or --weight-bits")
+        if (self.weight_bits is None) != (self.stored_format == "dense"):
+            wanted = "float" if self.stored_format == "dense" else "rounded"
+            raise OptionError(f"format {self.format!r} stores {wanted} weights; change --format or --weight-bits")
+        self._check_pruning()
         self._check_numbers()
         if self.samples < 1:
             raise OptionError(f"samples is {self.samples}; it must be at least 1")
@@ -82,6 +93,23 @@ class Config:
             raise OptionError(f"input-std is {self.input_std}; every value must be positive")
         if self.input_range is not None and self.input_range[0] >= self.input_range[1]:
             raise OptionError(f"input-range is {self.input_range}; the first value must be below the second")
+
+    def _check_pruning(self) -> None:
+        shares = {f"sparsity-for {pattern!r}": share for pattern, share in self.sparsity_for.items()}
+        for name, share in {"sparsity": self.sparsity, **shares}.items():
+            if not 0 <= share < 1:
+                raise OptionError(f"{name} is {share:g}; it must be at least 0 and below 1")
+        if self.nm is not None and self.sparsity:
+            raise OptionError("sparsity excludes nm; give one of them")
+        if self.nm is not None and not 0 < self.nm[0] < self.nm[1]:
+            raise OptionError(f"nm is {self.nm[0]}:{self.nm[1]}; N must be at least 1 and below M, such as 2:4")
+        if self.prunes and self.method != "auto" and not SOLVERS[self.method].prunes:
+            able = ", ".join(name for name, method in SOLVERS.items() if method.prunes)
+            raise OptionError(f"method {self.method!r} does not prune; use auto or one of {able}")
+
+    @property
+    def prunes(self) -> bool:
+        return self.nm is not None or any((self.sparsity, *self.sparsity_for.values()))
 
     def _check_numbers(self) -> None:
         numbers = {
@@ -104,18 +132,25 @@ class Config:
         """The format after `auto` is resolved: integer kernels with activations, else free at inference."""
         if self.format != "auto":
             return self.format
+        if self.weight_bits is None:
+            return "dense"
         return "folded" if self.activation_bits is None else "qdq"
 
     @property
     def bits_name(self) -> str:
-        """For file names: w6a6, w4a8, w8."""
-        return f"w{self.weight_bits}" + ("" if self.activation_bits is None else f"a{self.activation_bits}")
+        """For file names: w6a6, w4a8, w8, w8a8.s50, s50, 2of4."""
+        weights = "" if self.weight_bits is None else f"w{self.weight_bits}"
+        activations = "" if self.activation_bits is None else f"a{self.activation_bits}"
+        sparsity = f"s{100 * self.sparsity:g}" if self.sparsity else ""
+        pattern = f"{self.nm[0]}of{self.nm[1]}" if self.nm else ""
+        named = "pruned" if self.prunes and not (sparsity or pattern) else ""
+        return ".".join(filter(None, (weights + activations, sparsity, pattern, named)))
 
     @property
     def keeps_first_last(self) -> bool:
         if self.keep_first_last is not None:
             return self.keep_first_last
-        return min(self.weight_bits, self.activation_bits or 8) < 8
+        return min(self.weight_bits or 8, self.activation_bits or 8) < 8
 
     @property
     def source(self) -> str:

@@ -70,10 +70,29 @@ class Layer:
 
 @dataclass(frozen=True, slots=True)
 class Bits:
-    """Bits of a layer's weight and of its input; None: the input stays float."""
+    """Bits of a layer's weight and of its input; None: it stays float."""
 
-    weight: int
+    weight: int | None
     activation: int | None
+
+
+@dataclass(frozen=True, slots=True)
+class Pruning:
+    """How a layer is pruned."""
+
+    sparsity: float = 0.0  # share of its weights that become 0
+    nm: tuple[int, int] | None = None  # N of every M consecutive input channels stay, in place of `sparsity`
+    shared: bool = False  # whether `sparsity` is this layer's share of a budget, to be chosen
+    note: str = ""  # why it stays dense where others are pruned
+
+    @property
+    def share(self) -> float:
+        """The share of the weights that become 0."""
+        return self.sparsity if self.nm is None else 1 - self.nm[0] / self.nm[1]
+
+    @property
+    def asked(self) -> bool:
+        return self.sparsity > 0 or self.nm is not None
 
 
 @dataclass(frozen=True, slots=True)

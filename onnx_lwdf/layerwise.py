@@ -18,10 +18,10 @@ import numpy as np
 from threadpoolctl import threadpool_limits
 
 from onnx_lwdf.activations.inputs import InputSpec
-from onnx_lwdf.activations.taps import Samples
+from onnx_lwdf.activations.taps import Moments, Samples
 from onnx_lwdf.config import TARGETS, Config
 from onnx_lwdf.graph import Graph
-from onnx_lwdf.layers import Bits, Layer, bias_of, weight_of
+from onnx_lwdf.layers import Bits, Layer, Pruning, bias_of, weight_of
 from onnx_lwdf.ranges import ActivationGrid, grid_for, search_grid
 from onnx_lwdf.sites import Site
 from onnx_lwdf.solvers import SOLVERS
@@ -30,7 +30,7 @@ from onnx_lwdf.solvers.problem import LayerProblem, LayerSolution
 
 F64 = np.ndarray[tuple[int, ...], np.dtype[np.float64]]
 
-AUTO_METHOD = "descent"
+AUTO_METHOD, AUTO_PRUNING = "descent", "obs"
 PAIR_LIMIT = 128  # 255 * 128 = 32640 < 32767, the sum of two products in vpmaddubsw
 LARGEST_BIAS = 2.0**30  # codes of an int32 bias, with room for rounding
 
@@ -94,17 +94,17 @@ def solve_layers(
     graph: Graph,
     layers: Sequence[Layer],
     plan: Mapping[str, Bits],
+    pruning: Mapping[str, Pruning],
     grids: Mapping[str, ActivationGrid],
     samples: Samples,
     config: Config,
 ) -> Iterator[Solved]:
     """Every layer's answer, in order. Layers run in parallel, each on one thread: the bytes do not depend on the jobs."""
-    method = method_of(config)
     with threadpool_limits(limits=1), ThreadPoolExecutor(config.jobs) as pool:
-        posed = [_pose(graph, layer, plan[layer.name], grids, samples, config) for layer in layers]
+        posed = [_pose(graph, layer, plan[layer.name], pruning[layer.name], grids, samples, config) for layer in layers]
         try:
-            for task, solution in zip(posed, pool.map(SOLVERS[method], [task.problem for task in posed]), strict=True):
-                yield _settle(task, method, solution)
+            for task, solution in zip(posed, pool.map(_solve, posed), strict=True):
+                yield _settle(task, solution)
         except BaseException:
             pool.shutdown(wait=False, cancel_futures=True)
             raise
@@ -116,6 +116,7 @@ class _Task:
 
     layer: Layer
     bits: Bits
+    method: str
     grid: ActivationGrid | None
     problem: LayerProblem
     bias: F64  # [groups * out]
@@ -127,17 +128,15 @@ def _pose(
     graph: Graph,
     layer: Layer,
     bits: Bits,
+    pruning: Pruning,
     grids: Mapping[str, ActivationGrid],
     samples: Samples,
     config: Config,
 ) -> _Task:
-    weight, bias, moments = weight_of(graph, layer), bias_of(graph, layer), samples.moments[layer.name]
+    weight, bias = weight_of(graph, layer), bias_of(graph, layer)
     grid = grids[layer.input] if bits.activation is not None else None
     kernel = layer.kernel_size
-    mean, hessian = moments.mean, moments.hessian
-    if layer.op == "ConvTranspose":  # its patches are single positions; each kernel position meets another one
-        mean = np.tile(mean, (1, kernel))
-        hessian = np.stack([np.kron(np.eye(kernel), block) for block in hessian])
+    mean, hessian = patch_moments(layer, samples.moments[layer.name], around_mean=pruning.asked)
     problem = LayerProblem(
         weight=weight,
         hessian=hessian,
@@ -145,14 +144,35 @@ def _pose(
         scale_floor=_scale_floor(weight, bias, grid),
         kernel=kernel,
         pair_limit=_pair_limit(weight, kernel, bits.weight, grid, config),
+        sparsity=pruning.sparsity,
+        nm=pruning.nm,
     )
     stored_mean = mean if grid is None else mean + _mean_shift(grid, samples.values[layer.input], mean.shape, kernel)
-    return _Task(layer, bits, grid, problem, bias, mean, stored_mean)
+    return _Task(
+        layer, bits, method_of(config, pruning.asked or bits.weight is None), grid, problem, bias, mean, stored_mean
+    )
 
 
-def _settle(task: _Task, method: str, solution: LayerSolution) -> Solved:
+def _solve(task: _Task) -> LayerSolution:
+    return SOLVERS[task.method].solve(task.problem)
+
+
+def patch_moments(layer: Layer, moments: Moments, around_mean: bool) -> tuple[F64, F64]:
+    """Mean [groups, in] and second moments [groups, in, in] of what a canonical weight's rows meet.
+
+    Around the mean for pruning: the bias takes up the mean error whole, and it is as large as the pruned weights.
+    """
+    mean, hessian = moments.mean, moments.covariance if around_mean else moments.hessian
+    kernel = layer.kernel_size
+    if layer.op != "ConvTranspose" or kernel == 1:
+        return mean, hessian
+    # Its patches are single positions; each kernel position meets another one.
+    return np.tile(mean, (1, kernel)), np.stack([np.kron(np.eye(kernel), block) for block in hessian])
+
+
+def _settle(task: _Task, solution: LayerSolution) -> Solved:
     correction = mean_correction(task.problem.weight, solution.weight, task.mean, task.stored_mean)  # [groups, out]
-    return Solved(task.layer, task.bits, method, solution, task.bias + correction.ravel(), task.grid)
+    return Solved(task.layer, task.bits, task.method, solution, task.bias + correction.ravel(), task.grid)
 
 
 def _mean_shift(grid: ActivationGrid, values: np.ndarray, shape: tuple[int, ...], kernel: int) -> F64:
@@ -162,9 +182,11 @@ def _mean_shift(grid: ActivationGrid, values: np.ndarray, shape: tuple[int, ...]
     return np.broadcast_to(shift, (shape[0], kernel, shift.shape[-1])).reshape(shape)
 
 
-def method_of(config: Config) -> str:
-    """The key of SOLVERS that the configuration means."""
-    return AUTO_METHOD if config.method == "auto" else config.method
+def method_of(config: Config, pruned: bool) -> str:
+    """The key of SOLVERS that the configuration means for a layer."""
+    if config.method != "auto":
+        return config.method
+    return AUTO_PRUNING if pruned else AUTO_METHOD
 
 
 def _scale_floor(weight: F64, bias: F64, grid: ActivationGrid | None) -> F64:
@@ -175,7 +197,7 @@ def _scale_floor(weight: F64, bias: F64, grid: ActivationGrid | None) -> F64:
     return np.abs(bias).reshape(groups, out) / (grid.scale * LARGEST_BIAS)
 
 
-def _pair_limit(weight: F64, kernel: int, bits: int, grid: ActivationGrid | None, config: Config) -> int | None:
+def _pair_limit(weight: F64, kernel: int, bits: int | None, grid: ActivationGrid | None, config: Config) -> int | None:
     """Only 8-bit codes times 8-bit inputs can saturate, and onnxruntime's depthwise kernels do not."""
     depthwise = weight.shape[0] > 1 and weight.shape[1:] == (1, kernel)
     saturates = bits == 8 and grid is not None and grid.bits == 8 and not depthwise

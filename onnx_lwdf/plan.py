@@ -23,12 +23,12 @@ def plan_bits(graph: Graph, layers: Sequence[Layer], skipped: Sequence[Skipped],
         for pattern in patterns:
             if not any(matches(pattern, name, op) for name, op in known):
                 raise OptionError(f"{option} {pattern!r} matches no layer; --dry-run lists their names")
-    ends = first_and_last(graph) if config.keeps_first_last else set()
+    ends = set().union(*first_and_last(graph)) if config.keeps_first_last else set()
     plan: dict[str, Bits] = {}
     for layer in layers:
         weight, activation = config.weight_bits, config.activation_bits
         if layer.node.output[0] in ends:
-            weight, activation = KEPT_BITS, activation and KEPT_BITS
+            weight, activation = weight and KEPT_BITS, activation and KEPT_BITS
         for pattern, bits in config.bits_for.items():
             if matches(pattern, layer.name, layer.op):
                 weight, activation = bits, activation and bits
@@ -36,12 +36,13 @@ def plan_bits(graph: Graph, layers: Sequence[Layer], skipped: Sequence[Skipped],
     return plan
 
 
-def first_and_last(graph: Graph) -> set[str]:
-    """Outputs of the weighted nodes that have no weighted node before them, or none behind them."""
+def first_and_last(graph: Graph) -> tuple[set[str], set[str]]:
+    """Outputs of the weighted nodes that have no weighted node before them, and of those that have none behind them."""
     before = _reached(graph, forward=True)
     behind = _reached(graph, forward=False)
     weighted = [node.output[0] for node in graph.nodes if node.op_type in WEIGHTED]
-    return {output for output in weighted if not before[output] or not behind[output]}
+    first = {output for output in weighted if not before[output]}
+    return first, {output for output in weighted if not behind[output]}
 
 
 def _reached(graph: Graph, forward: bool) -> Mapping[str, bool]:

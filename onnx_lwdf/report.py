@@ -124,6 +124,7 @@ class Report:
                 layer.statistics,
                 layer.method,
                 layer.bits or "float",
+                f"{layer.sparsity:.3f}" if layer.sparsity else "",
                 _decibels(layer.sqnr_db),
                 f"{layer.bytes_before:,} -> {layer.bytes_after:,}",
                 printable(layer.reason),
@@ -145,7 +146,7 @@ class Report:
 
     def _counts(self) -> str:
         planned = "to be " if self.output["bytes"] is None else ""
-        kinds = Counter(layer.bits for layer in self.compressed)
+        kinds = Counter(layer.bits or "float" for layer in self.compressed)
         bits = ", ".join(f"{count} at {name}" for name, count in kinds.most_common())
         return f"{len(self.compressed)} of {len(self.layers)} layers {planned}compressed" + (
             f" ({bits})" if bits else ""
@@ -157,8 +158,8 @@ class Report:
         return parts + ([] if worst is None else [f"worst layer {worst.name} {_decibels(worst.sqnr_db)} dB"])
 
 
-COLUMNS = ("layer", "op", "shape", "statistics", "method", "bits", "SQNR dB", "bytes", "note")
-NUMERIC_COLUMNS = ("SQNR dB", "bytes")
+COLUMNS = ("layer", "op", "shape", "statistics", "method", "bits", "sparsity", "SQNR dB", "bytes", "note")
+NUMERIC_COLUMNS = ("sparsity", "SQNR dB", "bytes")
 
 WRITERS: Mapping[str, Callable[[Report], str]] = {".json": Report.to_json, ".md": Report.to_markdown}
 

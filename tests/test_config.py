@@ -17,6 +17,18 @@ from onnx_lwdf.errors import OptionError
         ({"method": "magic"}, "one of auto, rtn"),
         ({"format": "folded"}, "float activations"),
         ({"format": "qdq", "activation_bits": None}, "integer activations"),
+        ({"sparsity": 1.0}, "sparsity is 1; it must be at least 0 and below 1"),
+        ({"sparsity": -0.1}, "sparsity is -0.1"),
+        ({"sparsity": float("nan")}, "sparsity is nan"),
+        ({"sparsity_for": {"x": 1.5}}, "sparsity-for 'x' is 1.5"),
+        ({"sparsity": 0.5, "nm": (2, 4)}, "sparsity excludes nm"),
+        ({"nm": (4, 4)}, "nm is 4:4; N must be at least 1 and below M"),
+        ({"nm": (0, 4)}, "nm is 0:4"),
+        ({"sparsity": 0.5, "method": "gptq"}, "'gptq' does not prune; use auto or one of magnitude, obs"),
+        ({"weight_bits": None}, "activations are quantized only where the weights are"),
+        ({"weight_bits": None, "activation_bits": None, "bits_for": {"x": 4}}, "give --bits"),
+        ({"format": "dense", "activation_bits": None}, "stores float weights"),
+        ({"format": "folded", "weight_bits": None, "activation_bits": None}, "stores rounded weights"),
         ({"seed": -1}, "seed is -1"),
         ({"fail_under": float("nan")}, "finite"),
         ({"input_range": (0.0, float("inf"))}, "finite"),
@@ -39,6 +51,12 @@ def test_what_a_configuration_means():
     assert Config(activation_bits=None).stored_format == "folded"
     assert Config(weight_bits=6, activation_bits=8).bits_name == "w6a8"
     assert Config(weight_bits=6, activation_bits=None).bits_name == "w6"
+    pruned = Config(weight_bits=None, activation_bits=None, sparsity=0.5)
+    assert (pruned.stored_format, pruned.bits_name) == ("dense", "s50")
+    assert Config(sparsity=0.125).bits_name == "w8a8.s12.5"
+    assert Config(nm=(2, 4)).bits_name == "w8a8.2of4"
+    assert Config(sparsity_for={"x": 0.5}).prunes
+    assert not Config(sparsity_for={"x": 0.0}).prunes
     assert not Config().keeps_first_last
     assert Config(weight_bits=6).keeps_first_last
     assert not Config(weight_bits=6, keep_first_last=False).keeps_first_last

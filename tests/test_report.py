@@ -224,8 +224,8 @@ def test_exact_match_reads_inf() -> None:
 def test_rows_have_a_cell_for_each_column() -> None:
     rows = REPORT.rows()
     assert {len(row) for row in rows} == {len(reports.COLUMNS)}
-    assert rows[0] == ("/stem/Conv", "Conv", "16x3x3x3", "bn", "gptq", "w8a8", "31.12", "1,728 -> 496", "")
-    assert rows[2][5:] == ("float", "", "0 -> 0", "its weight is not constant")
+    assert rows[0] == ("/stem/Conv", "Conv", "16x3x3x3", "bn", "gptq", "w8a8", "0.125", "31.12", "1,728 -> 496", "")
+    assert rows[2][5:] == ("float", "", "", "0 -> 0", "its weight is not constant")
 
 
 def test_markdown() -> None:

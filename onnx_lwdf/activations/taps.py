@@ -29,6 +29,8 @@ Align = Callable[[Graph, str, ChannelStatistics, tuple[int, ...]], str]  # graph
 CHUNK = 16  # images at a time: bounds the memory, and is enough for batch statistics
 FEWEST_POSITIONS, MOST_POSITIONS = 1024, 4096  # of each layer over all samples, where it has so many
 PATCH_VALUES = 2**23  # of a layer over all samples; beyond, positions are fewer
+UNKNOWN_DOUBT = 0.2  # from a single chunk
+ROUNDING = 1e-5  # of float32 sums over a few thousand positions
 POSITIONS_PER_INPUT = 2  # a Hessian of rank `in` needs more positions than it has rows
 VALUES_PER_CHANNEL = 2048  # of each tensor over all samples: rare large values decide where a range may end
 
@@ -39,6 +41,50 @@ class Moments:
 
     mean: F64  # [groups, in]
     hessian: F64  # [groups, in, in], E[x x^T]
+    doubt: F64  # [groups], how much of the correlations is chance: their variance between chunks over their square
+
+    @property
+    def covariance(self) -> F64:
+        """[groups, in, in] around the mean, what chance made of its off-diagonal taken away by shrinking it.
+
+        (The intensity of Schaefer and Strimmer, 2005, with chunks of images as the independent draws.)
+        """
+        centered = self.hessian - self.mean[:, :, None] * self.mean[:, None, :]
+        diagonal = np.maximum(np.einsum("gii->gi", centered), 0.0)
+        shrunk = centered * (1 - self.doubt)[:, None, None]
+        np.einsum("gii->gi", shrunk)[...] = diagonal
+        return shrunk
+
+
+class _Sums:
+    """Sums over chunks of each one's mean and second moments, and of its covariance and the square of that."""
+
+    def __init__(self) -> None:
+        self.chunks = 0
+        self.mean = self.power = self.covariance = self.square = np.zeros(())
+
+    def add(self, mean: F64, power: F64) -> None:
+        covariance = power - mean[:, :, None] * mean[:, None, :]
+        self.chunks += 1
+        self.mean, self.power = self.mean + mean, self.power + power
+        self.covariance, self.square = self.covariance + covariance, self.square + covariance**2
+
+    def moments(self) -> Moments:
+        mean, hessian = self.mean / self.chunks, self.power / self.chunks
+        return Moments(mean, hessian, self._doubt(np.einsum("gii->gi", hessian)))
+
+    def _doubt(self, power: F64) -> F64:
+        """[groups]: summed variance of the correlations over their summed squares. power [groups, in]."""
+        if self.chunks == 1:
+            return np.full(len(power), UNKNOWN_DOUBT)
+        covariance = self.covariance / self.chunks
+        variance = np.maximum(self.square / self.chunks - covariance**2, 0.0) / (self.chunks - 1)  # of the mean
+        diagonal = np.einsum("gii->gi", covariance)
+        live = diagonal > ROUNDING * np.maximum(power, power.max(1, keepdims=True))  # the others hold rounding errors
+        unit = np.where(live, diagonal, np.inf)
+        weight = (1 / unit)[:, :, None] * (1 / unit)[:, None, :] * ~np.eye(power.shape[1], dtype=bool)
+        chance, found = (variance * weight).sum((1, 2)), (covariance**2 * weight).sum((1, 2))
+        return np.clip(chance / np.where(found > 0, found, np.inf), 0.0, 1.0)
 
 
 @dataclass(frozen=True, slots=True)
@@ -124,9 +170,8 @@ def _run(
     taps = [*layers.values(), *tensors.values()]
     session = _session(graph, taps)
     outputs, inputs = [value.name for value in session.get_outputs()], {value.name for value in session.get_inputs()}
-    sums: dict[str, tuple[F64, F64]] = {}
+    sums: dict[str, _Sums] = {}
     values: dict[str, list[F32]] = {name: [] for name in tensors}
-    count = dict.fromkeys(layers, 0)
     for chunk in chunks:
         indices = {tap.feed: tap.draw(rng) for tap in taps if tap.feed is not None and tap.draw is not None}
         given: dict[str, Array] = {**chunk, **indices}
@@ -135,12 +180,10 @@ def _run(
         for name, tap in layers.items():
             x = tap.decode(answers.pop(tap.output))  # [groups, in, positions]
             mean, power = x.sum(-1, dtype=np.float64), (x @ x.transpose(0, 2, 1)).astype(np.float64)
-            before = sums.get(name)
-            sums[name] = (mean, power) if before is None else (before[0] + mean, before[1] + power)
-            count[name] += x.shape[-1]
+            sums.setdefault(name, _Sums()).add(mean / x.shape[-1], power / x.shape[-1])
         for name, tap in tensors.items():
             values[name].append(tap.decode(answers.pop(tap.output))[0])
-    moments = {name: Moments(mean / count[name], power / count[name]) for name, (mean, power) in sums.items()}
+    moments = {name: found.moments() for name, found in sums.items()}
     return Samples(moments, {name: np.concatenate(parts, axis=-1) for name, parts in values.items()})
 
 

@@ -167,11 +167,13 @@ def _predicted(
     return total
 
 
-def _rounding(weight: F64, hessian: F64, bits: int) -> F64:
+def _rounding(weight: F64, hessian: F64, bits: int | None) -> F64:
     """Predicted loss of every output channel, [groups, out], by second-order rounding.
 
     Rows are sampled where there are many, and their mean stands for the others.
     """
+    if bits is None:
+        return np.zeros(weight.shape[:2])
     rows = weight[:, :: max(1, -(-weight.shape[1] // MOST_ROWS))]
     importance = conditional_variances(hessian)
     scale = search_scale(rows, importance, bits, None, np.zeros(rows.shape[:2]))
@@ -210,12 +212,13 @@ def _transformed_moments(moments: Moments, transform: Transform, tensor: str) ->
     kernel = inputs // channels
     if groups > 1:  # diagonal, and without a shift: such a reader pads or stands behind a Relu
         factor = np.tile(np.diag(transform.matrix).reshape(groups, 1, channels), (1, kernel, 1)).reshape(groups, inputs)
-        return Moments(moments.mean * factor, moments.hessian * factor[:, :, None] * factor[:, None, :])
+        hessian = moments.hessian * factor[:, :, None] * factor[:, None, :]
+        return Moments(moments.mean * factor, hessian, moments.doubt)
     shift = np.tile(transform.shift.get(tensor, np.zeros(channels)), kernel)  # [in]
     mean, hessian = moments.mean[0], moments.hessian[0]
     centered = hessian - np.outer(shift, mean) - np.outer(mean, shift) + np.outer(shift, shift)
     full = np.kron(np.eye(kernel), transform.matrix)
-    return Moments((full @ (mean - shift))[None], (full @ centered @ full.T)[None])
+    return Moments((full @ (mean - shift))[None], (full @ centered @ full.T)[None], moments.doubt)
 
 
 def _apply(graph: Graph, group: ChannelGroup, samples: Samples, transform: Transform) -> Samples:

@@ -16,7 +16,7 @@ import numpy.typing as npt
 
 from onnx_lwdf.grid import code_range, storable
 from onnx_lwdf.solvers import gptq
-from onnx_lwdf.solvers.problem import F64, LayerProblem, LayerSolution, channel_loss, solution
+from onnx_lwdf.solvers.problem import F64, LayerProblem, LayerSolution, Mask, channel_loss, solution
 
 SWEEPS = 4  # between two fits of the scale
 FITS = 3
@@ -25,28 +25,34 @@ BLOCK = 64
 
 def solve(problem: LayerProblem) -> LayerSolution:
     """Second-order rounding, then coordinate descent and fits of the scale in turn."""
-    codes, scale, notes = gptq.start(problem)
+    return solution(problem, *refine(problem, None))
+
+
+def refine(problem: LayerProblem, mask: Mask | None) -> tuple[F64, F64, tuple[str, ...]]:
+    """Codes [groups, out, in], scale [groups, out] and notes of `solve`; codes outside the mask are 0."""
+    codes, scale, notes = gptq.start(problem, mask)
     for _ in range(FITS):
-        codes = descend(problem, codes, scale)
+        codes = descend(problem, codes, scale, mask)
         scale = _fitted(problem, codes, scale)
-    return solution(problem, descend(problem, codes, scale), scale, notes)
+    return descend(problem, codes, scale, mask), scale, notes
 
 
-def descend(problem: LayerProblem, codes: F64, scale: F64) -> F64:
-    """Sweeps over all columns until nothing changes, [groups, out, in]."""
+def descend(problem: LayerProblem, codes: F64, scale: F64, mask: Mask | None = None) -> F64:
+    """Sweeps over all columns, within the mask, until nothing changes, [groups, out, in]."""
     codes = codes.copy()
     for _ in range(SWEEPS):
         changed = [
-            _block(problem, codes, scale, slice(start, start + BLOCK)) for start in range(0, codes.shape[2], BLOCK)
+            _block(problem, codes, scale, mask, slice(start, start + BLOCK))
+            for start in range(0, codes.shape[2], BLOCK)
         ]
         if not any(changed):
             break
     return codes
 
 
-def _block(problem: LayerProblem, codes: F64, scale: F64, block: slice) -> bool:
+def _block(problem: LayerProblem, codes: F64, scale: F64, mask: Mask | None, block: slice) -> bool:
     """One pass over a block of columns, in place; whether a code changed."""
-    low, high = code_range(problem.bits)
+    low, high = code_range(problem.rounded_bits)
     gradient = (problem.weight - scale[..., None] * codes) @ problem.hessian[:, :, block]  # [groups, out, block]
     inner = problem.hessian[:, block, block]
     curvature = np.einsum("gii->gi", inner)
@@ -58,6 +64,8 @@ def _block(problem: LayerProblem, codes: F64, scale: F64, block: slice) -> bool:
         new = np.clip(np.rint(old + step), low, high)
         new = _within_pair(problem, codes, column, new)
         new = np.where((curvature[:, j] > 0)[:, None] & (_gain(new - old, step) > 0), new, old)
+        if mask is not None:
+            new = np.where(mask[:, :, column], new, old)
         move = new - old
         if move.any():
             changed = True

@@ -17,7 +17,7 @@ import numpy as np
 import numpy.typing as npt
 
 from onnx_lwdf.grid import code_range, nearest, search_scale
-from onnx_lwdf.solvers.problem import F64, LayerProblem, LayerSolution, channel_loss, solution
+from onnx_lwdf.solvers.problem import F64, LayerProblem, LayerSolution, Mask, channel_loss, solution
 
 DAMPING = 0.01  # of the mean of H's diagonal, as in GPTQ
 MOST_DAMPING = 100.0
@@ -37,12 +37,13 @@ def solve(problem: LayerProblem) -> LayerSolution:
     return solution(problem, *start(problem))
 
 
-def start(problem: LayerProblem) -> tuple[F64, F64, tuple[str, ...]]:
-    """Codes [groups, out, in], scale [groups, out] and notes of `solve`."""
+def start(problem: LayerProblem, mask: Mask | None = None) -> tuple[F64, F64, tuple[str, ...]]:
+    """Codes [groups, out, in], scale [groups, out] and notes of `solve`; codes outside the mask are 0."""
     importance = np.diagonal(problem.hessian, axis1=1, axis2=2)  # [groups, in]
-    scale = search_scale(problem.weight, importance, problem.bits, problem.pair_limit, problem.scale_floor)
-    plain = nearest(problem.weight, scale, problem.bits, problem.pair_limit)
-    codes, note = round_columns(problem, scale)
+    bits = problem.rounded_bits
+    scale = search_scale(problem.weight, importance, bits, problem.pair_limit, problem.scale_floor)
+    plain = nearest(problem.weight, scale, bits, problem.pair_limit)
+    codes, note = round_columns(problem, scale, mask)
     if codes is None:
         return plain, scale, (note,)
     losses = [channel_loss(problem.weight, scale[..., None] * c, problem.hessian) for c in (codes, plain)]
@@ -50,7 +51,7 @@ def start(problem: LayerProblem) -> tuple[F64, F64, tuple[str, ...]]:
     return chosen, scale, (note,) if note else ()
 
 
-def round_columns(problem: LayerProblem, scale: F64) -> tuple[F64 | None, str]:
+def round_columns(problem: LayerProblem, scale: F64, mask: Mask | None = None) -> tuple[F64 | None, str]:
     """The codes [groups, out, in] and a note on damping; None where H cannot be factored at any damping."""
     order = np.argsort(-np.diagonal(problem.hessian, axis1=1, axis2=2), axis=1, kind="stable")  # [groups, in]
     weight = np.take_along_axis(problem.weight, order[:, None, :], 2)
@@ -60,7 +61,8 @@ def round_columns(problem: LayerProblem, scale: F64) -> tuple[F64 | None, str]:
         damping *= 10
         if damping > MOST_DAMPING:
             return None, "H could not be factored; nearest rounding"
-    codes = _sweep(weight, factor, scale, problem.bits, _pairs(problem, order))
+    allowed = None if mask is None else np.take_along_axis(mask, order[:, None, :], 2)
+    codes = _sweep(weight, factor, scale, problem.rounded_bits, _pairs(problem, order), allowed)
     note = "" if damping == DAMPING else f"damping {damping:g}"
     return np.take_along_axis(codes, np.argsort(order, axis=1)[:, None, :], 2), note
 
@@ -105,7 +107,7 @@ def _pairs(problem: LayerProblem, order: npt.NDArray[np.int64]) -> _Pairs | None
     return _Pairs(np.where(exists & (earlier < np.arange(order.shape[1])), earlier, -1), problem.pair_limit)
 
 
-def _sweep(weight: F64, factor: F64, scale: F64, bits: int, pairs: _Pairs | None) -> F64:
+def _sweep(weight: F64, factor: F64, scale: F64, bits: int, pairs: _Pairs | None, mask: Mask | None) -> F64:
     """Codes in the order of columns; `weight` is consumed."""
     low, high = code_range(bits)
     columns = weight.shape[2]
@@ -117,6 +119,8 @@ def _sweep(weight: F64, factor: F64, scale: F64, bits: int, pairs: _Pairs | None
             code = np.clip(np.rint(weight[:, :, j] / scale), low, high)
             if pairs is not None:
                 code = _clamped(code, codes, pairs, j)
+            if mask is not None:
+                code = np.where(mask[:, :, j], code, 0.0)
             codes[:, :, j] = code
             error = (weight[:, :, j] - code * scale) / factor[:, j, j][:, None]  # [groups, out]
             weight[:, :, j + 1 : stop] -= error[:, :, None] * factor[:, None, j, j + 1 : stop]

@@ -4,8 +4,9 @@ A layer computes y = W x + b for every group. Its problem is to find the stored 
 
     loss = sum_g tr((W_g - V_g) H_g (W_g - V_g)^T),    H = E[x x^T]
 
-over the grid V = scale * codes, one scale per output channel. Shapes: `groups` is always the leading axis, `in` is
-ordered (kernel position, channel), the order in which onnxruntime's integer kernels flatten a filter.
+over the grid V = scale * codes, one scale per output channel, or over the V with enough zeros, or both.
+Shapes: `groups` is always the leading axis, `in` is ordered (kernel position, channel), the order in which
+onnxruntime's integer kernels flatten a filter.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ import numpy.typing as npt
 
 F64 = npt.NDArray[np.float64]
 Codes = npt.NDArray[np.int8]
+Mask = npt.NDArray[np.bool_]  # True: the weight stays
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,10 +27,22 @@ class LayerProblem:
 
     weight: F64  # [groups, out, in]
     hessian: F64  # [groups, in, in], E[x x^T], symmetric and positive semidefinite
-    bits: int  # 2 to 8
+    bits: int | None  # 2 to 8; None: the values stay float
     scale_floor: F64  # [groups, out], no scale may be smaller (an int32 bias must fit)
     kernel: int = 1  # kernel positions: `in` is kernel * channels
     pair_limit: int | None = None  # bound on |codes[2k] + codes[2k + 1]| along `in`, None where nothing saturates
+    sparsity: float = 0.0  # share of the layer's weights that become 0
+    nm: tuple[int, int] | None = None  # N of every M consecutive inputs stay, in place of `sparsity`
+
+    @property
+    def rounded_bits(self) -> int:
+        """The bits, for a solver that rounds."""
+        assert self.bits is not None
+        return self.bits
+
+    @property
+    def prunes(self) -> bool:
+        return self.sparsity > 0 or self.nm is not None
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,6 +67,11 @@ def channel_loss(weight: F64, stored: F64, hessian: F64) -> F64:
     """(w - v) H (w - v)^T of every output channel, [groups, out]."""
     difference = weight - stored
     return np.einsum("goi,goi->go", difference @ hessian, difference)
+
+
+def float_solution(problem: LayerProblem, weight: F64) -> LayerSolution:
+    """The answer in float, with its loss."""
+    return LayerSolution(weight, None, float(channel_loss(problem.weight, weight, problem.hessian).sum()))
 
 
 def solution(problem: LayerProblem, codes: F64, scale: F64, notes: tuple[str, ...] = ()) -> LayerSolution:

@@ -11,5 +11,5 @@ from onnx_lwdf.solvers.problem import LayerProblem, LayerSolution, solution
 def solve(problem: LayerProblem) -> LayerSolution:
     """Every weight to its nearest code."""
     importance = np.diagonal(problem.hessian, axis1=1, axis2=2)  # [groups, in]
-    scale = search_scale(problem.weight, importance, problem.bits, problem.pair_limit, problem.scale_floor)
-    return solution(problem, nearest(problem.weight, scale, problem.bits, problem.pair_limit), scale)
+    scale = search_scale(problem.weight, importance, problem.rounded_bits, problem.pair_limit, problem.scale_floor)
+    return solution(problem, nearest(problem.weight, scale, problem.rounded_bits, problem.pair_limit), scale)

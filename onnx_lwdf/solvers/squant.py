@@ -19,9 +19,9 @@ from onnx_lwdf.solvers.problem import F64, LayerProblem, LayerSolution, solution
 def solve(problem: LayerProblem) -> LayerSolution:
     """Nearest rounding, then flips by kernel (where it has more than one position) and by output channel."""
     flat = np.ones((problem.weight.shape[0], problem.weight.shape[2]))  # no data: every input counts the same
-    scale = search_scale(problem.weight, flat, problem.bits, problem.pair_limit, problem.scale_floor)
+    scale = search_scale(problem.weight, flat, problem.rounded_bits, problem.pair_limit, problem.scale_floor)
     exact = problem.weight / scale[..., None]
-    codes = nearest(problem.weight, scale, problem.bits, problem.pair_limit)
+    codes = nearest(problem.weight, scale, problem.rounded_bits, problem.pair_limit)
     by_kernel = (*exact.shape[:2], problem.kernel, -1)  # [groups, out, kernel, channels]
     if problem.kernel > 1:
         error = (codes - exact).reshape(by_kernel).swapaxes(2, 3)  # [groups, out, channels, kernel]
@@ -73,7 +73,7 @@ def _rank(values: F64) -> npt.NDArray[np.int64]:
 
 def _flippable(problem: LayerProblem, exact: F64, codes: F64) -> npt.NDArray[np.bool_]:
     """Whether an element may move one code towards the other neighbour of its exact value."""
-    low, high = code_range(problem.bits)
+    low, high = code_range(problem.rounded_bits)
     moved = codes - np.sign(codes - exact)
     able = (moved >= low) & (moved <= high) & (np.abs(codes - exact) < 1)
     if problem.pair_limit is None:

@@ -1,0 +1,98 @@
+"""Which layers are pruned, and how much of each: what the user fixed, and shares of one budget.
+
+The share of a layer costs its relative output error, measured by the method itself on a sample of its output channels,
+times its influence on the model's outputs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+
+import numpy as np
+from threadpoolctl import threadpool_limits
+
+from onnx_lwdf.activations.taps import Feed, Moments, Samples
+from onnx_lwdf.allocate import SPARSITIES, Curve, allocate
+from onnx_lwdf.config import Config
+from onnx_lwdf.errors import ModelError, OptionError
+from onnx_lwdf.graph import Graph
+from onnx_lwdf.influence import influences, relative_loss
+from onnx_lwdf.layers import Layer, Pruning, Skipped, matches, weight_of
+from onnx_lwdf.layerwise import method_of, patch_moments
+from onnx_lwdf.plan import first_and_last
+from onnx_lwdf.solvers import SOLVERS, Losses
+from onnx_lwdf.solvers.problem import F64, LayerProblem
+
+MOST_ROWS = 64  # output channels of a layer, for its curve
+
+
+def plan_pruning(
+    graph: Graph, layers: Sequence[Layer], skipped: Sequence[Skipped], config: Config
+) -> dict[str, Pruning]:
+    """Layer name -> how it is pruned; a layer that shares the budget has its mean for now.
+
+    Raises OptionError where a pattern of `sparsity_for` names no layer, ModelError where there is nothing to prune.
+    """
+    known = [*((layer.name, layer.op) for layer in layers), *((layer.name, layer.op) for layer in skipped)]
+    for pattern in config.sparsity_for:
+        if not any(matches(pattern, name, op) for name, op in known):
+            raise OptionError(f"sparsity-for {pattern!r} matches no layer; --dry-run lists their names")
+    first = first_and_last(graph)[0]
+    plan = {layer.name: _planned(graph, layer, layer.node.output[0] in first, config) for layer in layers}
+    if config.prunes and not any(pruning.asked for pruning in plan.values()):
+        reasons = "; ".join(dict.fromkeys(pruning.note for pruning in plan.values() if pruning.note))
+        raise ModelError(f"nothing to prune: {reasons or 'every layer is fixed at 0'}; name layers by --sparsity-for")
+    return plan
+
+
+def _planned(graph: Graph, layer: Layer, first: bool, config: Config) -> Pruning:
+    fixed = [share for pattern, share in config.sparsity_for.items() if matches(pattern, layer.name, layer.op)]
+    if fixed:
+        return Pruning(fixed[-1], note="" if fixed[-1] else "dense: fixed at 0")
+    if not (config.sparsity or config.nm):
+        return Pruning(note="dense: not named" if config.prunes else "")
+    groups, _, inputs = weight_of(graph, layer).shape
+    if groups > 1 and inputs == layer.kernel_size:
+        return Pruning(note="dense: depthwise")
+    if first:
+        return Pruning(note="dense: the first layer")
+    if config.nm is not None and inputs // layer.kernel_size % config.nm[1]:
+        return Pruning(note=f"dense: {inputs // layer.kernel_size} input channels, not a multiple of {config.nm[1]}")
+    return Pruning(config.sparsity, config.nm, shared=config.nm is None)
+
+
+def share_budget(
+    graph: Graph,
+    layers: Sequence[Layer],
+    plan: Mapping[str, Pruning],
+    samples: Samples,
+    feed: Feed,
+    config: Config,
+) -> dict[str, Pruning]:
+    """The plan with a sparsity of its own for every layer that shares the budget; `feed` are samples of the inputs."""
+    sharing = [layer for layer in layers if plan[layer.name].shared]
+    if not sharing:
+        return dict(plan)
+    influence = influences(graph, sharing, samples.moments, feed)
+    losses = SOLVERS[method_of(config, pruned=True)].losses
+    assert losses is not None, config.method
+    with threadpool_limits(limits=1), ThreadPoolExecutor(config.jobs) as pool:
+        curves = pool.map(
+            lambda layer: _curve(
+                losses, layer, weight_of(graph, layer), samples.moments[layer.name], influence[layer.name]
+            ),
+            sharing,
+        )
+        chosen = allocate(list(curves), config.sparsity)
+    own = {layer.name: replace(plan[layer.name], sparsity=s) for layer, s in zip(sharing, chosen, strict=True)}
+    return {**plan, **own}
+
+
+def _curve(losses: Losses, layer: Layer, weight: F64, moments: Moments, influence: float) -> Curve:
+    _, covariance = patch_moments(layer, moments, around_mean=True)
+    rows = weight[:, :: -(-weight.shape[1] // MOST_ROWS)]
+    problem = LayerProblem(rows, covariance, None, np.zeros(rows.shape[:2]), layer.kernel_size)
+    costs = [influence * relative_loss(loss, rows, covariance) for loss in losses(problem, SPARSITIES)]
+    return Curve(weight.size, tuple(costs), influence)
