@@ -19,6 +19,7 @@ from onnx_lwdf.layerwise import Solved, method_of
 from onnx_lwdf.report import LayerReport, Report
 
 FLOAT = "float"
+DEFAULT_BITS = 8
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,7 +42,7 @@ def compress(
     model: str | Path | onnx.ModelProto,
     output: str | Path | None = None,
     *,
-    bits: int = 8,
+    bits: int | None = None,
     weight_bits: int | None = None,
     activation_bits: int | str | None = None,
     bits_for: Mapping[str, int] | None = None,
@@ -50,6 +51,7 @@ def compress(
     activations_from: str | Path = "aligned",
     format: str = "auto",
     target: str = "generic",
+    channels: float = 0.0,
     exclude: Sequence[str] = (),
     input_shape: Mapping[str, Sequence[int]] | None = None,
     input_range: tuple[float, float] | None = None,
@@ -65,8 +67,9 @@ def compress(
 ) -> Result:
     """Compress a model, and write it where `output` is given. The words are those of the command line.
 
-    `bits` stands for `weight_bits` and `activation_bits` where they are not given; `activation_bits="float"` compresses
-    the weights alone. `on_layer` is called after each step with a `Progress`.
+    `bits` stands for `weight_bits` and `activation_bits` where they are not given, and is 8 where nothing else is asked
+    for; `activation_bits="float"` compresses the weights alone, `channels` alone removes channels and rounds nothing.
+    `on_layer` is called after each step with a `Progress`.
 
     Raises ModelError where the model cannot be read, compressed or written, OptionError where an option is wrong, and
     Gate (with the result; the file is written) where `fail_under` dB are not reached at an output.
@@ -81,6 +84,7 @@ def compress(
         activations_from=activations_from,
         format=format,
         target=target,
+        channels=channels,
         exclude=exclude,
         input_shape=input_shape or {},
         input_range=input_range,
@@ -97,7 +101,7 @@ def compress(
 
 def configure(
     *,
-    bits: int,
+    bits: int | None,
     weight_bits: int | None,
     activation_bits: int | str | None,
     bits_for: Mapping[str, int],
@@ -106,6 +110,7 @@ def configure(
     activations_from: str | Path,
     format: str,
     target: str,
+    channels: float,
     exclude: Sequence[str],
     input_shape: Mapping[str, Sequence[int]],
     input_range: Sequence[float] | None,
@@ -118,6 +123,8 @@ def configure(
     save_as_external_data: bool,
 ) -> Config:
     """The words of `compress` as a validated Config."""
+    if bits is None and not (channels and weight_bits is None and activation_bits in (None, FLOAT)):
+        bits = DEFAULT_BITS
     return Config(
         weight_bits=bits if weight_bits is None else weight_bits,
         activation_bits=_activation_bits(bits, activation_bits),
@@ -127,6 +134,7 @@ def configure(
         activations_from=str(activations_from),
         format=format,
         target=target,
+        channels=channels,
         exclude=tuple(exclude),
         input_shape={name: tuple(shape) for name, shape in input_shape.items()},
         input_range=None if input_range is None else (input_range[0], input_range[1]),
@@ -192,7 +200,7 @@ def check(path: str | Path) -> tuple[str, ...]:
     return tuple(problems)
 
 
-def _activation_bits(bits: int, given: int | str | None) -> int | None:
+def _activation_bits(bits: int | None, given: int | str | None) -> int | None:
     if given is None:
         return bits
     if isinstance(given, int):
@@ -269,7 +277,7 @@ def _planned(prepared: Prepared, layer: Layer, config: Config) -> LayerReport:
         sparsity=0.0,
         sqnr_db=None,
         bytes_before=weight.nbytes,
-        bytes_after=weight.size + 4 * weight.shape[output_axis(layer)],
+        bytes_after=weight.nbytes if bits.weight is None else weight.size + 4 * weight.shape[output_axis(layer)],
     )
 
 
@@ -281,13 +289,13 @@ def _solved(done: Compressed, answer: Solved) -> LayerReport:
         op=answer.layer.op,
         shape=done.shapes[answer.layer.name],
         status="compressed",
-        reason="; ".join(answer.solution.notes),
+        reason="; ".join(filter(None, (done.notes.get(answer.layer.name, ""), *answer.solution.notes))),
         statistics=done.prepared.origins[answer.layer.name],
         method=answer.method,
         weight_bits=answer.bits.weight,
         activation_bits=answer.bits.activation,
         sparsity=float((weight == 0).mean()),
         sqnr_db=done.fidelity.layers[answer.layer.name],
-        bytes_before=4 * weight.size,
+        bytes_before=4 * done.before[answer.layer.name],
         bytes_after=stored,
     )

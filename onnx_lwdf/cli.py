@@ -106,6 +106,13 @@ def _numbers(text: str) -> tuple[float, ...]:
     return tuple(_number(part) for part in text.split(","))
 
 
+def _share(text: str) -> float:
+    share = _number(text)
+    if not 0 <= share < 1:
+        raise click.BadParameter(f"{text!r} is not a share; it must be at least 0 and below 1.")
+    return share
+
+
 def _range(text: str) -> tuple[float, ...]:
     numbers = _numbers(text)
     if len(numbers) != 2:
@@ -129,7 +136,11 @@ _SOME_BITS = click.IntRange(BITS.start, BITS.stop - 1)
     "-o", "--output", type=_PATH, help="Where to write. [default: beside MODEL, as MODEL.w6a6.onnx at 6 bits]"
 )
 @click.option(
-    "-b", "--bits", type=_SOME_BITS, metavar="N", default=8, show_default=True, help="Bits of weights and activations."
+    "-b",
+    "--bits",
+    type=_SOME_BITS,
+    metavar="N",
+    help="Bits of weights and activations. [default: 8, or float where only --channels is given]",
 )
 @click.option("--weight-bits", type=_SOME_BITS, metavar="N", help="Bits of weights alone.")
 @click.option(
@@ -149,6 +160,13 @@ _SOME_BITS = click.IntRange(BITS.start, BITS.stop - 1)
     "--keep-first-last/--no-keep-first-last",
     default=None,
     help="First and last layer stay at 8 bits. [default: on below 8 bits]",
+)
+@click.option(
+    "--channels",
+    type=_share,
+    metavar="F",
+    default=0.0,
+    help="Remove this share of the channels, with all that depends on them; 0.2 is a fifth.",
 )
 @click.option(
     "--method",

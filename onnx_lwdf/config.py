@@ -37,7 +37,7 @@ TARGETS: Mapping[str, Target] = {
 class Config:
     """All options of one run; the command line and `compress()` use the same words."""
 
-    weight_bits: int = 8
+    weight_bits: int | None = 8  # None: weights stay float
     activation_bits: int | None = 8  # None: activations stay float
     bits_for: Mapping[str, int] = field(default_factory=dict)  # glob on node name or op type -> bits
     keep_first_last: bool | None = None  # None: on below 8 bits
@@ -45,6 +45,7 @@ class Config:
     activations_from: str = "aligned"  # a key of SOURCES, or a path
     format: str = "auto"
     target: str = "generic"
+    channels: float = 0.0  # share of the channels that can go, which goes
     exclude: tuple[str, ...] = ()  # globs on node name or op type
     input_shape: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
     input_range: tuple[float, float] | None = None
@@ -70,6 +71,15 @@ class Config:
                 f"format {self.format!r} stores {wanted} activations; change --format or --activation-bits"
             )
         self._check_numbers()
+        if self.weight_bits is None and self.activation_bits is not None:
+            raise OptionError("activations are quantized only where the weights are; give --bits or --weight-bits")
+        if self.weight_bits is None and self.bits_for:
+            raise OptionError("bits-for quantizes single layers of a float model; give --bits or --weight-bits")
+        if (self.weight_bits is None) != (self.stored_format == "dense"):
+            wanted = "float" if self.stored_format == "dense" else "rounded"
+            raise OptionError(f"format {self.format!r} stores {wanted} weights; change --format or --weight-bits")
+        if not 0 <= self.channels < 1:
+            raise OptionError(f"channels is {self.channels:g}; it must be at least 0 and below 1")
         if self.samples < 1:
             raise OptionError(f"samples is {self.samples}; it must be at least 1")
         if self.jobs is not None and self.jobs < 1:
@@ -104,18 +114,23 @@ class Config:
         """The format after `auto` is resolved: integer kernels with activations, else free at inference."""
         if self.format != "auto":
             return self.format
+        if self.weight_bits is None:
+            return "dense"
         return "folded" if self.activation_bits is None else "qdq"
 
     @property
     def bits_name(self) -> str:
-        """For file names: w6a6, w4a8, w8."""
-        return f"w{self.weight_bits}" + ("" if self.activation_bits is None else f"a{self.activation_bits}")
+        """For file names: w6a6, w4a8, w8, w8a8.c20, c20."""
+        weights = "" if self.weight_bits is None else f"w{self.weight_bits}"
+        activations = "" if self.activation_bits is None else f"a{self.activation_bits}"
+        channels = f"c{100 * self.channels:g}" if self.channels else ""
+        return ".".join(filter(None, (weights + activations, channels)))
 
     @property
     def keeps_first_last(self) -> bool:
         if self.keep_first_last is not None:
             return self.keep_first_last
-        return min(self.weight_bits, self.activation_bits or 8) < 8
+        return min(self.weight_bits or 8, self.activation_bits or 8) < 8
 
     @property
     def source(self) -> str:

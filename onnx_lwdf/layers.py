@@ -70,9 +70,9 @@ class Layer:
 
 @dataclass(frozen=True, slots=True)
 class Bits:
-    """Bits of a layer's weight and of its input; None: the input stays float."""
+    """Bits of a layer's weight and of its input; None: it stays float."""
 
-    weight: int
+    weight: int | None
     activation: int | None
 
 

@@ -99,6 +99,9 @@ def solve_layers(
     config: Config,
 ) -> Iterator[Solved]:
     """Every layer's answer, in order. Layers run in parallel, each on one thread: the bytes do not depend on the jobs."""
+    if config.weight_bits is None:
+        yield from (_unrounded(graph, layer, plan[layer.name]) for layer in layers)
+        return
     method = method_of(config)
     with threadpool_limits(limits=1), ThreadPoolExecutor(config.jobs) as pool:
         posed = [_pose(graph, layer, plan[layer.name], grids, samples, config) for layer in layers]
@@ -108,6 +111,10 @@ def solve_layers(
         except BaseException:
             pool.shutdown(wait=False, cancel_futures=True)
             raise
+
+
+def _unrounded(graph: Graph, layer: Layer, bits: Bits) -> Solved:
+    return Solved(layer, bits, "", LayerSolution(weight_of(graph, layer), None, 0.0), bias_of(graph, layer), None)
 
 
 @dataclass(frozen=True, slots=True)
@@ -131,6 +138,7 @@ def _pose(
     samples: Samples,
     config: Config,
 ) -> _Task:
+    assert bits.weight is not None, layer.name
     weight, bias, moments = weight_of(graph, layer), bias_of(graph, layer), samples.moments[layer.name]
     grid = grids[layer.input] if bits.activation is not None else None
     kernel = layer.kernel_size
@@ -163,7 +171,9 @@ def _mean_shift(grid: ActivationGrid, values: np.ndarray, shape: tuple[int, ...]
 
 
 def method_of(config: Config) -> str:
-    """The key of SOLVERS that the configuration means."""
+    """The key of SOLVERS that the configuration means; empty where nothing is rounded."""
+    if config.weight_bits is None:
+        return ""
     return AUTO_METHOD if config.method == "auto" else config.method
 
 

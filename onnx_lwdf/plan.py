@@ -28,7 +28,7 @@ def plan_bits(graph: Graph, layers: Sequence[Layer], skipped: Sequence[Skipped],
     for layer in layers:
         weight, activation = config.weight_bits, config.activation_bits
         if layer.node.output[0] in ends:
-            weight, activation = KEPT_BITS, activation and KEPT_BITS
+            weight, activation = weight and KEPT_BITS, activation and KEPT_BITS
         for pattern, bits in config.bits_for.items():
             if matches(pattern, layer.name, layer.op):
                 weight, activation = bits, activation and bits

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
-from onnx_lwdf.emit import folded, qdq
+from onnx_lwdf.emit import dense, folded, qdq
 from onnx_lwdf.emit.stored import Stored
 from onnx_lwdf.graph import Graph
 from onnx_lwdf.ranges import ActivationGrid
@@ -26,5 +26,6 @@ class Format:
 
 FORMATS: Mapping[str, Format] = {
     "qdq": Format(qdq.emit, True, 13, ("Conv", "Gemm", "MatMul")),
+    "dense": Format(dense.emit, False, 7, ("Conv", "ConvTranspose", "Gemm", "MatMul")),
     "folded": Format(folded.emit, False, 9, ("Conv", "ConvTranspose", "Gemm", "MatMul")),
 }

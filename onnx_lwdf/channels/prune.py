@@ -1,0 +1,80 @@
+"""Structured pruning of a graph: find what can go, choose what goes, take it out and re-fit what remains."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from onnx_lwdf.activations.taps import Feed, Samples, tensor_shapes
+from onnx_lwdf.channels.allocation import Curve, allocate, most_removed
+from onnx_lwdf.channels.elimination import Elimination, Reader, eliminate
+from onnx_lwdf.channels.groups import Group, find_groups
+from onnx_lwdf.channels.surgery import Mask, cut, variation
+from onnx_lwdf.channels.ties import tie_channels
+from onnx_lwdf.errors import ModelError
+from onnx_lwdf.graph import Graph
+from onnx_lwdf.layers import Layer, output_channels, weight_of
+
+
+@dataclass(frozen=True, slots=True)
+class Pruned:
+    """What remains; the graph was edited in place."""
+
+    layers: Sequence[Layer]
+    samples: Samples
+    kept: Mapping[str, Mask]  # tensor -> [channels] as they were, which of them remain
+    notes: Mapping[str, str]  # layer name -> what happened to its channels, or why nothing did
+
+
+def prune_channels(graph: Graph, layers: Sequence[Layer], samples: Samples, feed: Feed, share: float) -> Pruned:
+    """Remove this share of all channels that can go, those of least predicted error.
+
+    A channel that runs through depthwise layers, sums and concatenations counts once.
+    Raises ModelError where no channel can go.
+    """
+    made = [name for node in graph.nodes for name in node.output if name and graph.constant(name) is None]
+    ties = tie_channels(graph, layers, tensor_shapes(graph.model, [*graph.inputs, *made], feed))
+    groups = find_groups(graph, layers, ties)
+    free = [group for group in groups if not group.reason]
+    if not free:
+        reasons = "; ".join(dict.fromkeys(group.reason for group in groups))
+        raise ModelError(f"no channels can be removed: {reasons or 'no layer has any'}; leave --channels out")
+    budget = int(share * sum(len(group.units) for group in free))
+    paths = [_eliminate(graph, group, samples, budget) for group in free]
+    curves = [Curve(path.errors, len(group.units), _worth(group)) for group, path in zip(free, paths, strict=True)]
+    counts = allocate(curves, budget)
+    gone = [group.units[path.order[:n]] for group, path, n in zip(free, paths, counts, strict=True)]
+    before = {layer.name: output_channels(graph, layer) for layer in layers}
+    remaining = {name: ~np.isin(units, np.concatenate(gone)) for name, units in ties.units.items()}
+    done, smaller = cut(graph, layers, samples, ties, remaining)
+    stay = {layer.name: group.reason for group in groups if group.reason for layer in (*group.writers, *group.passed)}
+    notes = {
+        item.layer.name: _note(item.removed, before[item.layer.name], item.sqnr_db, stay.get(item.layer.name, ""))
+        for item in done
+    }
+    return Pruned([item.layer for item in done], smaller, remaining, notes)
+
+
+def _worth(group: Group) -> float:
+    return 1.0
+
+
+def _eliminate(graph: Graph, group: Group, samples: Samples, budget: int) -> Elimination:
+    readers = []
+    for layer in group.readers:
+        moments = samples.moments[layer.name]
+        covariance = variation(layer, moments)
+        rows = weight_of(graph, layer).reshape(-1, len(covariance))
+        gram = rows.T @ rows
+        power = float(np.einsum("ij,ij->", gram, covariance))
+        readers.append(Reader(gram / max(power, np.finfo(np.float64).tiny), covariance, group.columns[layer.name]))
+    return eliminate(readers, min(budget, most_removed(len(group.units))))
+
+
+def _note(removed: int, outputs: int, sqnr_db: float | None, reason: str) -> str:
+    parts = [f"{removed} of {outputs} channels removed"] if removed else []
+    parts += [f"channels kept: {reason}"] if reason and not removed else []
+    parts += [f"re-fitted at {sqnr_db:.1f} dB"] if sqnr_db is not None else []
+    return "; ".join(parts)
