@@ -11,6 +11,7 @@ import onnx
 from onnx_lwdf.activations.inputs import InputSpec, read_inputs
 from onnx_lwdf.activations.sampler import draw_chunks, synthesize
 from onnx_lwdf.channels.prune import Pruned, prune_channels
+from onnx_lwdf.channels.spread import pooled_sources
 from onnx_lwdf.config import TARGETS, Config
 from onnx_lwdf.emit import FORMATS
 from onnx_lwdf.emit.stored import Rounded, Stored
@@ -83,13 +84,14 @@ def compress_model(source: Source, config: Config, on_layer: OnLayer) -> Compres
         *(layer.input for layer in layers),
         *(site.tensors[0] for site in sites),
         *(layer.output for group in groups for layer in group.producers),
+        *(pooled_sources(graph, layers).values() if config.channels else ()),
     ]
     samples = synthesize(graph.model, layers, tensors, prepared.statistics, chunks, config)
     on_layer(Progress("synthesize", "", 1, 1))
 
     floating, pruned = graph.snapshot(), Pruned(layers, samples, {}, {})
     if config.channels:
-        pruned = prune_channels(graph, layers, samples, chunks[0], config.channels)
+        pruned = prune_channels(graph, layers, samples, chunks[0], config.channels, config.jobs)
         layers, samples = pruned.layers, pruned.samples
         groups = find_groups(graph, layers)
         on_layer(Progress("channels", "", 1, 1))

@@ -82,10 +82,10 @@ def _columns(ties: Ties, layer: Layer, units: Ints) -> Ints:
     """[units, columns]: where each unit's channels stand in the layer's moments, which are (kernel position, channel)."""
     members = ties.units[layer.input]
     places = np.flatnonzero(np.isin(members, units))
-    places = places[np.argsort(members[places], kind="stable")].reshape(len(units), -1)  # units are sorted
+    sorted_places: Ints = places[np.argsort(members[places], kind="stable")]
     kernel = layer.kernel_size if layer.op == "Conv" else 1
     offsets = np.arange(kernel) * len(members)
-    return np.asarray((places[:, :, None] + offsets).reshape(len(units), -1))
+    return (sorted_places.reshape(len(units), -1, 1) + offsets).reshape(len(units), -1)
 
 
 def _size(graph: Graph, layer: Layer) -> int:

@@ -14,7 +14,7 @@ import numpy as np
 import numpy.typing as npt
 
 from onnx_lwdf.activations.taps import Moments, Samples
-from onnx_lwdf.channels.elimination import left_over, refit
+from onnx_lwdf.channels.elimination import left_over, refit, restore
 from onnx_lwdf.channels.groups import is_depthwise
 from onnx_lwdf.channels.ties import CHANNEL_AXIS, Ties
 from onnx_lwdf.graph import Graph
@@ -35,10 +35,18 @@ class CutLayer:
 
 
 def cut(
-    graph: Graph, layers: Sequence[Layer], samples: Samples, ties: Ties, kept: Mapping[str, Mask]
+    graph: Graph,
+    layers: Sequence[Layer],
+    samples: Samples,
+    ties: Ties,
+    spreads: Mapping[str, F64],
+    kept: Mapping[str, Mask],
 ) -> tuple[list[CutLayer], Samples]:
-    """Leave of every layer, constant and sample the channels that are `kept`, [channels] of every tensor."""
-    done = [_cut_layer(graph, layer, samples.moments[layer.name], kept) for layer in layers]
+    """Leave of every layer, constant and sample the channels that are `kept`, [channels] of every tensor.
+
+    `spreads` holds for every full layer's name how its input varies, [in, in].
+    """
+    done = [_cut_layer(graph, layer, samples.moments[layer.name], spreads, kept) for layer in layers]
     biased = {id(layer.bias[0]) for layer in layers if layer.bias is not None}
     for place in ties.cuts:
         if id(place.node) not in biased and not kept[place.tensor].all():
@@ -58,7 +66,9 @@ def cut(
     return done, replace(samples, moments={**samples.moments, **moments}, values=values)
 
 
-def _cut_layer(graph: Graph, layer: Layer, moments: Moments, kept: Mapping[str, Mask]) -> CutLayer:
+def _cut_layer(
+    graph: Graph, layer: Layer, moments: Moments, spreads: Mapping[str, F64], kept: Mapping[str, Mask]
+) -> CutLayer:
     read, written = (kept.get(name) for name in (layer.input, layer.node.output[0]))
     if read is None or written is None or (read.all() and written.all()):
         return CutLayer(layer, moments, 0, None)
@@ -70,8 +80,8 @@ def _cut_layer(graph: Graph, layer: Layer, moments: Moments, kept: Mapping[str, 
     weight, bias = weight_of(graph, layer), bias_of(graph, layer)
     columns = np.tile(read, moments.mean.shape[1] // len(read))
     rows = weight.reshape(-1, len(columns))  # of a ConvTranspose one for each kernel position
-    mean, spread = moments.mean[0], variation(layer, moments)
-    smaller = refit(rows, spread, columns)
+    mean, spread = moments.mean[0], spreads[layer.name]
+    smaller = restore(rows, refit(rows, spread, columns), spread, columns)
     if layer.bias is not None:
         missed = rows @ mean - smaller @ mean[columns]
         bias = bias + missed.reshape(len(bias), -1).sum(1) / _overlap(layer)
@@ -82,12 +92,6 @@ def _cut_layer(graph: Graph, layer: Layer, moments: Moments, kept: Mapping[str, 
     predicted = None if read.all() else _decibels(rows, smaller, spread, columns)
     inside = Moments(moments.mean[:, columns], moments.hessian[:, columns][:, :, columns])
     return CutLayer(layer, inside, removed, predicted)
-
-
-def variation(layer: Layer, moments: Moments) -> F64:
-    """[in, in]: what a layer must explain of its input: all but the mean, which its bias takes up where it has one."""
-    mean = moments.mean[0]
-    return moments.hessian[0] - (np.outer(mean, mean) if layer.bias is not None else 0)
 
 
 def _cut_depthwise(graph: Graph, layer: Layer, read: Mask, written: Mask) -> Layer:

@@ -53,7 +53,7 @@ def tie_channels(graph: Graph, layers: Sequence[Layer], shapes: Shapes) -> Ties:
         walk.keep(name, "an input of the model")
     for name in graph.outputs:
         walk.keep(name, "an output of the model")
-    for name in graph.captured:
+    for name in sorted(graph.captured):
         walk.keep(name, "read inside another node's graph")
     for node in graph.nodes:
         if any(name in walk.first for name in (*node.input, *node.output)):
@@ -278,19 +278,11 @@ def _shape(walk: _Walk, node: onnx.NodeProto) -> bool:
     return node.output[0] not in graph.outputs
 
 
-EACH = ("Abs", "AveragePool", "Cast", "Celu", "Clip", "Dropout", "Elu", "Erf", "Exp", "Gelu", "GlobalAveragePool")
-EACH += (
-    "GlobalLpPool",
-    "GlobalMaxPool",
-    "HardSigmoid",
-    "HardSwish",
-    "Identity",
-    "LeakyRelu",
-    "Log",
-    "LpPool",
-    "MaxPool",
+EACH = (
+    *("Abs", "AveragePool", "Cast", "Celu", "Clip", "Dropout", "Elu", "Erf", "Exp", "Gelu", "GlobalAveragePool"),
+    *("GlobalLpPool", "GlobalMaxPool", "HardSigmoid", "HardSwish", "Identity", "LeakyRelu", "Log", "LpPool", "MaxPool"),
+    *("Mish", "Neg", "Reciprocal", "Relu", "Selu", "Sigmoid", "Softplus", "Softsign", "Sqrt", "Swish", "Tanh"),
 )
-EACH += ("Mish", "Neg", "Reciprocal", "Relu", "Selu", "Sigmoid", "Softplus", "Softsign", "Sqrt", "Swish", "Tanh")
 
 RULES: Mapping[str, Rule] = {
     **dict.fromkeys(EACH, _each),
