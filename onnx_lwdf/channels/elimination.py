@@ -26,7 +26,9 @@ from onnx_lwdf.channels.ties import Ints
 from onnx_lwdf.solvers.problem import F64
 
 MOST_RESTORED = 2.0  # of a row's variance: what is hardly explained any more is mostly noise
-RIDGE = 1e-6  # of the mean variance: what is constant or doubled is no error to leave out
+RIDGE = (
+    1e-4  # of the mean variance: more than what float32 moments leave of a constant, less than any error that counts
+)
 
 
 @dataclass(frozen=True, slots=True)

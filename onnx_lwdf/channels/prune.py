@@ -15,8 +15,8 @@ from onnx_lwdf.channels.elimination import Elimination, Reader, eliminate
 from onnx_lwdf.channels.groups import Group, find_groups
 from onnx_lwdf.channels.sensitivity import sensitivities
 from onnx_lwdf.channels.spread import pooled_sources, spread
-from onnx_lwdf.channels.surgery import Mask, cut
-from onnx_lwdf.channels.ties import tie_channels
+from onnx_lwdf.channels.surgery import CutLayer, Mask, cut
+from onnx_lwdf.channels.ties import Ties, tie_channels
 from onnx_lwdf.errors import ModelError
 from onnx_lwdf.graph import Graph
 from onnx_lwdf.layers import Layer, output_channels, weight_of
@@ -61,16 +61,15 @@ def prune_channels(
     ]
     counts = allocate(curves, budget)
     if not any(counts):
-        raise ModelError(f"channels {share:g}: of {total} channels that can go this is less than one step; ask for more")
+        raise ModelError(
+            f"channels {share:g}: of {total} channels that can go this is less than one step; ask for more"
+        )
     gone = [group.units[path.order[:n]] for group, path, n in zip(free, paths, counts, strict=True)]
     before = {layer.name: output_channels(graph, layer) for layer in layers}
     remaining = {name: ~np.isin(units, np.concatenate(gone)) for name, units in ties.units.items()}
     done, smaller = cut(graph, layers, samples, ties, spreads, remaining)
-    stay = {layer.name: group.reason for group in groups if group.reason for layer in (*group.writers, *group.passed)}
-    notes = {
-        item.layer.name: _note(item.removed, before[item.layer.name], item.sqnr_db, stay.get(item.layer.name, ""))
-        for item in done
-    }
+    stay = {int(unit): group.reason for group in groups if group.reason for unit in group.units}
+    notes = {item.layer.name: _note(item, before[item.layer.name], _reason(item.layer, ties, stay)) for item in done}
     return Pruned([item.layer for item in done], smaller, remaining, notes)
 
 
@@ -93,8 +92,14 @@ def _eliminate(graph: Graph, group: Group, spreads: Mapping[str, F64], budget: i
     return eliminate(readers, min(budget, most_removed(len(group.units))))
 
 
-def _note(removed: int, outputs: int, sqnr_db: float | None, reason: str) -> str:
-    parts = [f"{removed} of {outputs} channels removed"] if removed else []
-    parts += [f"channels kept: {reason}"] if reason and not removed else []
-    parts += [f"re-fitted at {sqnr_db:.1f} dB"] if sqnr_db is not None else []
+def _reason(layer: Layer, ties: Ties, stay: Mapping[int, str]) -> str:
+    """Why the layer's output channels stay, the first reason where there are several."""
+    units = ties.units.get(layer.node.output[0], ())
+    return next((stay[int(unit)] for unit in units if int(unit) in stay), "")
+
+
+def _note(item: CutLayer, outputs: int, reason: str) -> str:
+    parts = [f"{item.removed} of {outputs} channels removed"] if item.removed else []
+    parts += [f"channels kept: {reason}"] if reason and not item.removed else []
+    parts += [f"re-fitted at {item.sqnr_db:.1f} dB"] if item.sqnr_db is not None else []
     return "; ".join(parts)

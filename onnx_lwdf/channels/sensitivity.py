@@ -22,6 +22,7 @@ from onnx_lwdf.runtime import open_session, run
 from onnx_lwdf.solvers.problem import F64
 
 TRIAL = 0.2  # of a group
+NEGLIGIBLE = 1e-6  # of an error's power: below, neither of the two is more than rounding
 
 
 def sensitivities(
@@ -48,7 +49,7 @@ def sensitivities(
         for layer, (weight, bias) in zip(readers, before, strict=True):
             set_weight(trial, layer, weight)
             set_bias(trial, layer, bias)
-        found.append(error / max(float(path.errors[count]), np.finfo(np.float64).tiny))
+        found.append((error + NEGLIGIBLE) / (float(path.errors[count]) + NEGLIGIBLE))
     return found
 
 

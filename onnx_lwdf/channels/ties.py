@@ -149,7 +149,11 @@ def _weighted(walk: _Walk, node: onnx.NodeProto) -> bool:
     inputs, outputs = walk.channels(source), walk.channels(target)
     if layer.groups == inputs > 1:
         return walk.tie(np.repeat(walk.vertices(source), outputs // inputs), walk.vertices(target))
-    return layer.groups == 1 and (layer.window is not None or len(walk.shapes[source]) == 2)
+    if layer.groups > 1:
+        for name in (source, target):
+            walk.keep(name, f"{node.op_type} {node_name(node)} has {layer.groups} groups")
+        return True
+    return layer.window is not None or len(walk.shapes[source]) == 2
 
 
 def _each(walk: _Walk, node: onnx.NodeProto) -> bool:
