@@ -23,5 +23,5 @@ def test_a_fifth_of_the_channels_of_real_networks(name, points):
 def test_integers_on_what_remains():
     source = onnx.load(MODELS / "fmnist-mbv2-bn.onnx")
     both = onnx_lwdf.compress(source, channels=0.2, bits=8)
-    assert both.model.ByteSize() < 0.8 * onnx_lwdf.compress(source, bits=8).model.ByteSize()
+    assert both.model.ByteSize() < 0.9 * onnx_lwdf.compress(source, bits=8).model.ByteSize()
     assert accuracy(both.model) > accuracy(source) - 1
