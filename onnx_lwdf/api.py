@@ -54,6 +54,7 @@ def compress(
     sparsity: float = 0.0,
     nm: tuple[int, int] | None = None,
     sparsity_for: Mapping[str, float] | None = None,
+    channels: float = 0.0,
     exclude: Sequence[str] = (),
     input_shape: Mapping[str, Sequence[int]] | None = None,
     input_range: tuple[float, float] | None = None,
@@ -71,7 +72,8 @@ def compress(
 
     `bits` stands for `weight_bits` and `activation_bits` where they are not given, and is 8 where nothing else is asked
     for; `activation_bits="float"` compresses the weights alone. `sparsity` (a share of all weights), `nm` (N of every M
-    input channels stay) and `sparsity_for` (a layer's own share) prune; without any bits they round nothing.
+    input channels stay) and `sparsity_for` (a layer's own share) zero weights, `channels` (a share of all channels)
+    removes them; without any bits these round nothing.
     `on_layer` is called after each step with a `Progress`.
 
     Raises ModelError where the model cannot be read, compressed or written, OptionError where an option is wrong, and
@@ -90,6 +92,7 @@ def compress(
         sparsity=sparsity,
         nm=nm,
         sparsity_for=sparsity_for or {},
+        channels=channels,
         exclude=exclude,
         input_shape=input_shape or {},
         input_range=input_range,
@@ -118,6 +121,7 @@ def configure(
     sparsity: float,
     nm: tuple[int, int] | None,
     sparsity_for: Mapping[str, float],
+    channels: float,
     exclude: Sequence[str],
     input_shape: Mapping[str, Sequence[int]],
     input_range: Sequence[float] | None,
@@ -130,7 +134,7 @@ def configure(
     save_as_external_data: bool,
 ) -> Config:
     """The words of `compress` as a validated Config."""
-    prunes = bool(sparsity or nm or any(sparsity_for.values()))
+    prunes = bool(sparsity or nm or channels or any(sparsity_for.values()))
     if bits is None and not (prunes and weight_bits is None and activation_bits in (None, FLOAT)):
         bits = DEFAULT_BITS
     return Config(
@@ -145,6 +149,7 @@ def configure(
         sparsity=sparsity,
         nm=None if nm is None else (nm[0], nm[1]),
         sparsity_for=dict(sparsity_for),
+        channels=channels,
         exclude=tuple(exclude),
         input_shape={name: tuple(shape) for name, shape in input_shape.items()},
         input_range=None if input_range is None else (input_range[0], input_range[1]),
@@ -281,7 +286,7 @@ def _planned(prepared: Prepared, layer: Layer, config: Config) -> LayerReport:
         status="compressed",
         reason=pruning.note,
         statistics=prepared.origins[layer.name],
-        method=method_of(config, pruning.asked),
+        method=method_of(config, bits, pruning.asked),
         weight_bits=bits.weight,
         activation_bits=bits.activation,
         sparsity=pruning.share,
@@ -289,6 +294,12 @@ def _planned(prepared: Prepared, layer: Layer, config: Config) -> LayerReport:
         bytes_before=weight.nbytes,
         bytes_after=weight.nbytes if bits.weight is None else weight.size + 4 * weight.shape[output_axis(layer)],
     )
+
+
+def _notes(done: Compressed, answer: Solved) -> tuple[str, ...]:
+    """What is worth saying of the layer, some of it empty."""
+    name = answer.layer.name
+    return (done.notes.get(name, ""), done.prepared.pruning[name].note, *answer.solution.notes)
 
 
 def _solved(done: Compressed, answer: Solved) -> LayerReport:
@@ -299,13 +310,13 @@ def _solved(done: Compressed, answer: Solved) -> LayerReport:
         op=answer.layer.op,
         shape=done.shapes[answer.layer.name],
         status="compressed",
-        reason="; ".join(filter(None, (done.prepared.pruning[answer.layer.name].note, *answer.solution.notes))),
+        reason="; ".join(filter(None, _notes(done, answer))),
         statistics=done.prepared.origins[answer.layer.name],
         method=answer.method,
         weight_bits=answer.bits.weight,
         activation_bits=answer.bits.activation,
         sparsity=float((weight == 0).mean()),
         sqnr_db=done.fidelity.layers[answer.layer.name],
-        bytes_before=4 * weight.size,
+        bytes_before=4 * done.before[answer.layer.name],
         bytes_after=stored,
     )

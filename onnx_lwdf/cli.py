@@ -120,6 +120,13 @@ def _numbers(text: str) -> tuple[float, ...]:
     return tuple(_number(part) for part in text.split(","))
 
 
+def _share(text: str) -> float:
+    share = _number(text)
+    if not 0 <= share < 1:
+        raise click.BadParameter(f"{text!r} is not a share; it must be at least 0 and below 1.")
+    return share
+
+
 def _range(text: str) -> tuple[float, ...]:
     numbers = _numbers(text)
     if len(numbers) != 2:
@@ -167,6 +174,13 @@ _SOME_BITS = click.IntRange(BITS.start, BITS.stop - 1)
     "--keep-first-last/--no-keep-first-last",
     default=None,
     help="First and last layer stay at 8 bits. [default: on below 8 bits]",
+)
+@click.option(
+    "--channels",
+    type=_share,
+    metavar="F",
+    default=0.0,
+    help="Remove this share of the channels, with all that depends on them; 0.2 is a fifth.",
 )
 @click.option(
     "--method",

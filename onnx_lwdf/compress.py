@@ -3,19 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import onnx
 
 from onnx_lwdf.activations.inputs import InputSpec, read_inputs
 from onnx_lwdf.activations.sampler import draw_chunks, synthesize
+from onnx_lwdf.channels.prune import Pruned, prune_channels
+from onnx_lwdf.channels.spread import pooled_sources
 from onnx_lwdf.config import TARGETS, Config
 from onnx_lwdf.emit import FORMATS
 from onnx_lwdf.emit.stored import Rounded, Stored
 from onnx_lwdf.errors import ModelError
 from onnx_lwdf.graph import Graph
-from onnx_lwdf.layers import Bits, Layer, Pruning, Skipped, find_layers, from_canonical, output_axis
+from onnx_lwdf.layers import Bits, Layer, Pruning, Skipped, find_layers, from_canonical, output_axis, weight_of
 from onnx_lwdf.layerwise import Solved, choose_grids, solve_layers
 from onnx_lwdf.model_io import Source, fix_initializers, raise_opset
 from onnx_lwdf.plan import plan_bits
@@ -66,7 +68,9 @@ class Compressed:
     model: onnx.ModelProto
     prepared: Prepared
     solved: Sequence[Solved]
+    before: Mapping[str, int]  # layer name -> values of its weight in the source
     shapes: Mapping[str, tuple[int, ...]]  # layer name -> of its weight as the model stores it
+    notes: Mapping[str, str]  # layer name -> what happened to its channels
     fidelity: Fidelity
 
 
@@ -76,18 +80,27 @@ def compress_model(source: Source, config: Config, on_layer: OnLayer) -> Compres
     graph, layers = prepared.graph, prepared.layers
     sites = find_sites(graph, layers, prepared.plan)
     chunks = draw_chunks(prepared.inputs, config)
+    before = {layer.name: weight_of(graph, layer).size for layer in layers}
     groups = find_groups(graph, layers)
     tensors = [
         *(layer.input for layer in layers),
         *(site.tensors[0] for site in sites),
         *(layer.output for group in groups for layer in group.producers),
+        *(pooled_sources(graph, layers).values() if config.channels else ()),
     ]
     samples = synthesize(graph.model, layers, tensors, prepared.statistics, chunks, config)
     on_layer(Progress("synthesize", "", 1, 1))
 
+    floating, pruned = graph.snapshot(), Pruned(layers, samples, {}, {})
+    if config.channels:
+        pruned = prune_channels(graph, layers, samples, chunks[0], config.channels, config.jobs)
+        layers, samples = pruned.layers, pruned.samples
+        groups = find_groups(graph, layers)
+        prepared = replace(prepared, pruning=plan_pruning(graph, layers, prepared.skipped, config))  # widths changed
+        on_layer(Progress("channels", "", 1, 1))
     rng = np.random.default_rng([config.seed, 3])
     samples = transform_groups(graph, groups, prepared.plan, samples, rng)
-    preconditioned = graph.snapshot()
+    reference = floating if config.weight_bits is None else graph.snapshot()
     on_layer(Progress("precondition", "", 1, 1))
 
     pruning = share_budget(graph, layers, prepared.pruning, samples, chunks[0], config)
@@ -99,15 +112,16 @@ def compress_model(source: Source, config: Config, on_layer: OnLayer) -> Compres
 
     signed = TARGETS[config.target].signed_activations
     outputs = {layer.name: layer.output for layer in layers}  # by the names that they have in the float model
+    kept = pruned.kept if config.weight_bits is None else {}
     stored = [_stored(graph, answer) for answer in solved]
     FORMATS[config.stored_format].emit(graph, stored, sites, grids, signed)
     graph.commit()
 
     feeds = _verification(prepared.inputs, config)
-    fidelity = verify(source.model, preconditioned, graph.model, outputs, feeds)
+    fidelity = verify(source.model, reference, graph.model, outputs, feeds, kept)
     on_layer(Progress("verify", "", 1, 1))
     shapes = {item.layer.name: item.weight.shape for item in stored}
-    return Compressed(graph.model, prepared, solved, shapes, fidelity)
+    return Compressed(graph.model, prepared, solved, before, shapes, pruned.notes, fidelity)
 
 
 def prepare(model: onnx.ModelProto, config: Config) -> Prepared:
@@ -126,7 +140,8 @@ def prepare(model: onnx.ModelProto, config: Config) -> Prepared:
         raise ModelError(f"nothing to compress: {reasons or 'the model has no Conv, ConvTranspose, Gemm or MatMul'}")
     plan = plan_bits(graph, layers, skipped, config)
     pruning = plan_pruning(graph, layers, skipped, config)
-    idle = [layer for layer in layers if plan[layer.name].weight is None and not pruning[layer.name].asked]
+    touched = {name for name in plan if config.channels or plan[name].weight is not None or pruning[name].asked}
+    idle = [layer for layer in layers if layer.name not in touched]
     skipped += [_left(graph, layer, pruning[layer.name].note) for layer in idle]
     layers = [layer for layer in layers if layer not in idle]
     inputs, warnings = read_inputs(graph, config, statistics)

@@ -48,6 +48,7 @@ class Config:
     sparsity: float = 0.0  # share of the weights of all layers that can be pruned, which become 0
     nm: tuple[int, int] | None = None  # N of every M consecutive input channels stay
     sparsity_for: Mapping[str, float] = field(default_factory=dict)  # glob on node name or op type -> share
+    channels: float = 0.0  # share of the channels that can go, which goes
     exclude: tuple[str, ...] = ()  # globs on node name or op type
     input_shape: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
     input_range: tuple[float, float] | None = None
@@ -81,6 +82,8 @@ class Config:
             raise OptionError(f"format {self.format!r} stores {wanted} weights; change --format or --weight-bits")
         self._check_pruning()
         self._check_numbers()
+        if not 0 <= self.channels < 1:
+            raise OptionError(f"channels is {self.channels:g}; it must be at least 0 and below 1")
         if self.samples < 1:
             raise OptionError(f"samples is {self.samples}; it must be at least 1")
         if self.jobs is not None and self.jobs < 1:
@@ -138,13 +141,14 @@ class Config:
 
     @property
     def bits_name(self) -> str:
-        """For file names: w6a6, w4a8, w8, w8a8.s50, s50, 2of4."""
+        """For file names: w6a6, w4a8, w8, w8a8.s50, s50, 2of4, w8a8.c20, c20."""
         weights = "" if self.weight_bits is None else f"w{self.weight_bits}"
         activations = "" if self.activation_bits is None else f"a{self.activation_bits}"
         sparsity = f"s{100 * self.sparsity:g}" if self.sparsity else ""
         pattern = f"{self.nm[0]}of{self.nm[1]}" if self.nm else ""
         named = "pruned" if self.prunes and not (sparsity or pattern) else ""
-        return ".".join(filter(None, (weights + activations, sparsity, pattern, named)))
+        channels = f"c{100 * self.channels:g}" if self.channels else ""
+        return ".".join(filter(None, (weights + activations, sparsity, pattern, named, channels)))
 
     @property
     def keeps_first_last(self) -> bool:

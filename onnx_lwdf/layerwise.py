@@ -26,7 +26,7 @@ from onnx_lwdf.ranges import ActivationGrid, grid_for, search_grid
 from onnx_lwdf.sites import Site
 from onnx_lwdf.solvers import SOLVERS
 from onnx_lwdf.solvers.bias import mean_correction
-from onnx_lwdf.solvers.problem import LayerProblem, LayerSolution
+from onnx_lwdf.solvers.problem import LayerProblem, LayerSolution, float_solution
 
 F64 = np.ndarray[tuple[int, ...], np.dtype[np.float64]]
 
@@ -148,12 +148,12 @@ def _pose(
         nm=pruning.nm,
     )
     stored_mean = mean if grid is None else mean + _mean_shift(grid, samples.values[layer.input], mean.shape, kernel)
-    return _Task(
-        layer, bits, method_of(config, pruning.asked or bits.weight is None), grid, problem, bias, mean, stored_mean
-    )
+    return _Task(layer, bits, method_of(config, bits, pruning.asked), grid, problem, bias, mean, stored_mean)
 
 
 def _solve(task: _Task) -> LayerSolution:
+    if not task.method:
+        return float_solution(task.problem, task.problem.weight)
     return SOLVERS[task.method].solve(task.problem)
 
 
@@ -182,8 +182,10 @@ def _mean_shift(grid: ActivationGrid, values: np.ndarray, shape: tuple[int, ...]
     return np.broadcast_to(shift, (shape[0], kernel, shift.shape[-1])).reshape(shape)
 
 
-def method_of(config: Config, pruned: bool) -> str:
-    """The key of SOLVERS that the configuration means for a layer."""
+def method_of(config: Config, bits: Bits, pruned: bool) -> str:
+    """The key of SOLVERS that the configuration means for a layer; empty where its weight stays as it is."""
+    if bits.weight is None and not pruned:
+        return ""
     if config.method != "auto":
         return config.method
     return AUTO_PRUNING if pruned else AUTO_METHOD

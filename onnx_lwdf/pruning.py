@@ -19,7 +19,7 @@ from onnx_lwdf.config import Config
 from onnx_lwdf.errors import ModelError, OptionError
 from onnx_lwdf.graph import Graph
 from onnx_lwdf.influence import influences, relative_loss
-from onnx_lwdf.layers import Layer, Pruning, Skipped, matches, weight_of
+from onnx_lwdf.layers import Bits, Layer, Pruning, Skipped, matches, weight_of
 from onnx_lwdf.layerwise import method_of, patch_moments
 from onnx_lwdf.plan import first_and_last
 from onnx_lwdf.solvers import SOLVERS, Losses
@@ -76,7 +76,7 @@ def share_budget(
     if not sharing:
         return dict(plan)
     influence = influences(graph, sharing, samples.moments, feed)
-    losses = SOLVERS[method_of(config, pruned=True)].losses
+    losses = SOLVERS[method_of(config, Bits(config.weight_bits, None), pruned=True)].losses
     assert losses is not None, config.method
     with threadpool_limits(limits=1), ThreadPoolExecutor(config.jobs) as pool:
         curves = pool.map(

@@ -37,9 +37,9 @@ class LayerReport:
 
     @property
     def bits(self) -> str:
-        """w6a6, w8 (float activations), or nothing."""
+        """w6a6, w8 (float activations), float, or nothing where the layer was kept."""
         if self.weight_bits is None:
-            return ""
+            return "float" if self.status == "compressed" else ""
         return f"w{self.weight_bits}" + ("" if self.activation_bits is None else f"a{self.activation_bits}")
 
 

@@ -10,6 +10,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
+import numpy.typing as npt
 import onnx
 
 from onnx_lwdf.activations.taps import Feed
@@ -31,24 +32,30 @@ def verify(
     compressed: onnx.ModelProto,
     layers: Mapping[str, str],
     feeds: Sequence[Feed],
+    kept: Mapping[str, npt.NDArray[np.bool_]],
 ) -> Fidelity:
     """Compare the model's outputs with the original's, and layers with those of the preconditioned float model.
 
-    `layers` maps layer names to their output tensors.
+    `layers` maps layer names to their output tensors, `kept` tensors to the channels (axis 1) of the float model's that
+    the compressed one still has, where it has not all.
     The outputs come from the file as it will run, with integer kernels. Raises ModelError where they are not finite.
     """
     outputs = [value.name for value in original.graph.output]
-    measured = _compare(original, compressed, outputs, feeds)
+    measured = _compare(original, compressed, outputs, feeds, {})
     lost = [name for name, db in measured.items() if math.isnan(db)]
     if lost:
         raise ModelError(f"the compressed model's output {lost[0]!r} is not finite; nothing was written")
     inner = [name for name in dict.fromkeys(layers.values()) if name not in outputs]
-    known = measured | _compare(copy_of(preconditioned, inner), copy_of(compressed, inner), inner, feeds)
+    known = measured | _compare(copy_of(preconditioned, inner), copy_of(compressed, inner), inner, feeds, kept)
     return Fidelity(measured, {name: known[tensor] for name, tensor in layers.items()})
 
 
 def _compare(
-    reference: onnx.ModelProto, candidate: onnx.ModelProto, names: Sequence[str], feeds: Sequence[Feed]
+    reference: onnx.ModelProto,
+    candidate: onnx.ModelProto,
+    names: Sequence[str],
+    feeds: Sequence[Feed],
+    kept: Mapping[str, npt.NDArray[np.bool_]],
 ) -> dict[str, float]:
     signal, noise = dict.fromkeys(names, 0.0), dict.fromkeys(names, 0.0)
     if not names:
@@ -56,7 +63,7 @@ def _compare(
     sessions = open_session(reference, arena=False), open_session(candidate, arena=False)
     for feed in feeds:
         for name, a, b in zip(names, *(run(session, feed, names) for session in sessions), strict=True):
-            exact = a.astype(np.float64)
+            exact = (a[:, kept[name]] if name in kept else a).astype(np.float64)
             signal[name] += float((exact**2).sum())
             noise[name] += float(((exact - b) ** 2).sum())
     return {name: decibels(signal[name], noise[name]) for name in names}

@@ -153,6 +153,14 @@ def error_of(result: Result) -> str:
             for name, form in FORMATS.items()
             if name != "dense"
         ),
+        ("--format dense --channels 0.1", "format", "dense"),
+        ("--channels 0.1", "channels", 0.1),
+        ("--channels 0.1", "weight_bits", None),
+        ("--channels 0.1", "activation_bits", None),
+        ("--channels 0.1 --bits 6", "weight_bits", 6),
+        ("--channels 0.1 --weight-bits 4", "activation_bits", 8),
+        ("--channels 0.1 --activation-bits float", "weight_bits", None),
+        ("--channels 0", "weight_bits", 8),
     ],
 )
 def test_option_reaches_the_config(calls: Calls, words: str, name: str, value: object) -> None:
@@ -179,6 +187,8 @@ def test_every_option_of_the_config_has_a_word() -> None:
     [
         ("a/m.onnx", "a/m.w8a8.onnx"),
         ("m.v2.onnx -b 6", "m.v2.w6a6.onnx"),
+        ("m.onnx --channels 0.2", "m.c20.onnx"),
+        ("m.onnx --channels 0.125 -b 8", "m.w8a8.c12.5.onnx"),
         ("m.onnx --weight-bits 4", "m.w4a8.onnx"),
         ("m.onnx --weight-bits 4 --activation-bits float", "m.w4.onnx"),
         ("m.onnx --sparsity 0.5", "m.s50.onnx"),
@@ -234,6 +244,8 @@ def test_force_reaches_the_api(calls: Calls) -> None:
         ("m.onnx --target toaster", "'toaster' is not one of"),
         ("m.onnx --format zip", "'zip' is not one of"),
         ("m.onnx --jobs 0", "0 is not in the range x>=1"),
+        ("m.onnx --channels 1", "'1' is not a share"),
+        ("m.onnx --channels -0.1", "'-0.1' is not a share"),
         ("m.onnx --samples 0", "0 is not in the range x>=1"),
         ("m.onnx --seed -1", "-1 is not in the range x>=0"),
         ("m.onnx --report r.txt", "report 'r.txt' has no known suffix; it must end in .json or .md"),

@@ -37,6 +37,12 @@ from onnx_lwdf.errors import OptionError
         ({"input_mean": (1.0,), "input_std": (0.0,)}, "positive"),
         ({"input_mean": (1.0,), "input_std": (1.0,), "input_range": (0.0, 1.0)}, "excludes"),
         ({"input_shape": {"x": (1, 0)}}, "at least 1"),
+        ({"channels": 1.0}, "channels is 1"),
+        ({"channels": -0.5}, "below 1"),
+        ({"weight_bits": None}, "only where the weights are"),
+        ({"weight_bits": None, "activation_bits": None, "bits_for": {"a": 4}}, "bits-for"),
+        ({"weight_bits": None, "activation_bits": None, "format": "folded"}, "stores rounded weights"),
+        ({"activation_bits": None, "format": "dense"}, "stores float weights"),
         ({"samples": 0}, "samples is 0"),
         ({"jobs": 0}, "jobs is 0"),
     ],
@@ -57,6 +63,8 @@ def test_what_a_configuration_means():
     assert Config(nm=(2, 4)).bits_name == "w8a8.2of4"
     assert Config(sparsity_for={"x": 0.5}).prunes
     assert not Config(sparsity_for={"x": 0.0}).prunes
+    assert Config(weight_bits=None, activation_bits=None, channels=0.3).stored_format == "dense"
+    assert Config(weight_bits=None, activation_bits=None, channels=0.3).bits_name == "c30"
     assert not Config().keeps_first_last
     assert Config(weight_bits=6).keeps_first_last
     assert not Config(weight_bits=6, keep_first_last=False).keeps_first_last

@@ -159,11 +159,12 @@ def _predicted(
         bits = plan[layer.name]
         grid = search_grid(values.ravel(), np.repeat(energy, values.shape[1]), bits.activation or 8)
         error = ((grid.quantize(values) - values) ** 2).mean(1)
-        total += float(error @ energy + _rounding(weight, moments.hessian, bits.weight).sum()) / power
+        total += float(error @ energy + _rounding(weight, moments.hessian, bits.weight or 8).sum()) / power
         seen += energy / power
     for layer in group.producers:
         weight = _transformed_writer(weight_of(graph, layer), transform.matrix)
-        total += float(seen @ _rounding(weight, samples.moments[layer.name].hessian, plan[layer.name].weight).ravel())
+        writer_bits = plan[layer.name].weight or 8
+        total += float(seen @ _rounding(weight, samples.moments[layer.name].hessian, writer_bits).ravel())
     return total
 
 

@@ -115,7 +115,7 @@ def test_weight_only_is_folded_at_load_and_keeps_opset_and_ir(tmp_path):
     assert "DequantizeLinear" not in kernels
     feeds = samples(source)
     assert sqnr_db(answers(source, feeds)[0], answers(model, feeds)[0]) > 20
-    assert set(FORMATS) == {"qdq", "folded"}
+    assert set(FORMATS) == {"qdq", "dense", "folded"}
 
 
 def test_a_convolution_that_is_the_output_keeps_the_output_name():
