@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass, field, fields
 from typing import Any
 
 from onnx_lwdf.activations.sources import SOURCES
-from onnx_lwdf.emit import FORMATS
+from onnx_lwdf.emit import FLOAT, FORMATS, INTEGER, automatic, refusal
 from onnx_lwdf.errors import OptionError
 from onnx_lwdf.solvers import SOLVERS
 
@@ -64,11 +64,8 @@ class Config:
         _check_choice("method", self.method, ("auto", *SOLVERS))
         _check_choice("format", self.format, ("auto", *FORMATS))
         _check_choice("target", self.target, tuple(TARGETS))
-        if self.format != "auto" and FORMATS[self.format].integer_activations != (self.activation_bits is not None):
-            wanted = "integer" if FORMATS[self.format].integer_activations else "float"
-            raise OptionError(
-                f"format {self.format!r} stores {wanted} activations; change --format or --activation-bits"
-            )
+        if refused := refusal(self.stored_format, self.weights, self.activations):
+            raise OptionError(refused)
         self._check_numbers()
         if self.samples < 1:
             raise OptionError(f"samples is {self.samples}; it must be at least 1")
@@ -102,9 +99,21 @@ class Config:
     @property
     def stored_format(self) -> str:
         """The format after `auto` is resolved: integer kernels with activations, else free at inference."""
-        if self.format != "auto":
-            return self.format
-        return "folded" if self.activation_bits is None else "qdq"
+        return automatic(self.weights, self.activations) if self.format == "auto" else self.format
+
+    @property
+    def weights(self) -> str:
+        """The kind of the weights, a word of the format table."""
+        return FLOAT if self.weight_bits is None else INTEGER
+
+    @property
+    def activations(self) -> str:
+        """The kind of the activations, a word of the format table."""
+        return FLOAT if self.activation_bits is None else INTEGER
+
+    @property
+    def lowest_weight_bits(self) -> int:
+        return min(bits for bits in (self.weight_bits, *self.bits_for.values(), BITS.stop - 1) if bits is not None)
 
     @property
     def bits_name(self) -> str:
