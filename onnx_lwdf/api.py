@@ -13,7 +13,7 @@ from onnx import numpy_helper
 from onnx_lwdf import model_io
 from onnx_lwdf.compress import Compressed, OnLayer, Prepared, compress_model, prepare
 from onnx_lwdf.config import Config
-from onnx_lwdf.emit import planned_bytes
+from onnx_lwdf.emit import planned_bytes, sparse_initializer
 from onnx_lwdf.errors import GateError, OptionError
 from onnx_lwdf.layers import Layer, Skipped, output_axis
 from onnx_lwdf.layerwise import Solved, method_of
@@ -169,7 +169,7 @@ def inspect(model: str | Path | onnx.ModelProto, config: Config | None = None) -
     source = model_io.read(model)
     prepared = prepare(source.model, config)
     layers = [_planned(prepared, layer, config) for layer in prepared.layers]
-    return _assemble(source, config, prepared, layers, {}, {"path": None, "bytes": None})
+    return _assemble(source, config, prepared, layers, {}, {"path": None, "bytes": None}, prepared.warnings)
 
 
 def check(path: str | Path) -> tuple[str, ...]:
@@ -212,7 +212,8 @@ def _check_gate(result: Result, least: float | None) -> None:
 
 def _report(source: model_io.Source, config: Config, done: Compressed, output: Mapping[str, object]) -> Report:
     layers = [_solved(done, answer) for answer in done.solved]
-    return _assemble(source, config, done.prepared, layers, done.fidelity.outputs, output)
+    warnings = *done.prepared.warnings, *sparse_initializer.warnings(done.model)
+    return _assemble(source, config, done.prepared, layers, done.fidelity.outputs, output, warnings)
 
 
 def _assemble(
@@ -222,6 +223,7 @@ def _assemble(
     layers: Sequence[LayerReport],
     outputs: Mapping[str, float],
     output: Mapping[str, object],
+    warnings: tuple[str, ...],
 ) -> Report:
     kept = [_kept(skipped) for skipped in prepared.skipped]
     return Report(
@@ -231,7 +233,7 @@ def _assemble(
         options=config.to_dict(),
         layers=(*layers, *kept),
         outputs=outputs,
-        warnings=prepared.warnings,
+        warnings=warnings,
     )
 
 

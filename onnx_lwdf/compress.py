@@ -112,7 +112,7 @@ def prepare(model: onnx.ModelProto, config: Config) -> Prepared:
     """Read and precondition: layers found, BatchNormalization folded, bits planned."""
     form = config.stored_format
     model, note = raise_opset(copy_of(model), oldest_opset(form, config.lowest_weight_bits, config.activations), form)
-    notes = [note, fix_initializers(model), FORMATS[form].warning]
+    notes = [note, fix_initializers(model)]
     graph = Graph(model)
     statistics = fold(graph)
     layers, skipped = find_layers(graph, config.exclude)

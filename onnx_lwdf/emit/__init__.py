@@ -34,7 +34,6 @@ class Format:
     activations: tuple[str, ...]
     opset: int  # with weights of 8 bits or float
     opset_packed: int  # with weights below 8 bits
-    warning: str = ""
 
 
 FORMATS: Mapping[str, Format] = {
@@ -42,14 +41,7 @@ FORMATS: Mapping[str, Format] = {
     "folded": Format(dense.store, (INTEGER,), (FLOAT,), 9, 9),
     "packed": Format(packed.store, (INTEGER,), (INTEGER, FLOAT), 9, 18),
     "sparse": Format(sparse.store, (INTEGER, FLOAT), (INTEGER, FLOAT), 11, 18),
-    "sparse-initializer": Format(
-        sparse_initializer.store,
-        (INTEGER, FLOAT),
-        (FLOAT,),
-        11,
-        11,
-        "onnx's full checker rejects layers whose weight is a sparse initializer; onnxruntime runs them",
-    ),
+    "sparse-initializer": Format(sparse_initializer.store, (INTEGER, FLOAT), (FLOAT,), 11, 11),
     "dense": Format(dense.store, (FLOAT,), (FLOAT,), 1, 1),
 }
 QDQ_OPSET = 13  # DequantizeLinear with one scale per channel

@@ -20,6 +20,13 @@ def store(graph: Graph, stem: str, values: Values, bits: int) -> str:
     return smallest((dense.store, _store), stem, values, bits)(graph, stem, values, bits)
 
 
+def warnings(model: onnx.ModelProto) -> tuple[str, ...]:
+    """What a report must say of a model that holds sparse initializers."""
+    count = len(model.graph.sparse_initializer)
+    text = f"onnx's full check rejects the {count} layers that read a sparse initializer; onnxruntime runs them"
+    return (text,) if count else ()
+
+
 def _store(graph: Graph, stem: str, values: Values, bits: int) -> str:
     name, flat = graph.unique(f"{stem}.nonzero"), values.ravel()
     index = np.flatnonzero(flat)
