@@ -1,7 +1,7 @@
 """How a solution is written: one storage of weights a file, one visible table.
 
 Storage and activations are independent. A storage rebuilds a weight's codes (or its float values) from what the file
-holds; the codes of a layer with integer activations go into DequantizeLinear, those of any other into Cast and Mul. In
+holds; the codes of a layer with integer activations go into DequantizeLinear, those of any other, cast to float, into Mul. In
 both cases onnxruntime folds the storage's own operators at load, and the kernels that run are the same for all storages.
 """
 
@@ -110,16 +110,16 @@ def planned_bytes(name: str, activations: str, shape: tuple[int, ...], axis: int
 def _weight(graph: Graph, stored: Stored, store: Store) -> None:
     stem = stored.layer.weight
     if stored.rounded is None:
-        weight = store(graph, stem, stored.weight, FLOAT_BITS)
+        weight = store(graph, stem, stored.weight, FLOAT_BITS, onnx.TensorProto.FLOAT)
     else:
         weight = _float_weight(graph, stem, stored.rounded, store, FLOAT if stored.grid is None else INTEGER)
     graph.connect(stored.layer.node, 1, weight)
 
 
 def _float_weight(graph: Graph, stem: str, rounded: Rounded, store: Store, activations: str) -> str:
-    codes = store(graph, stem, rounded.codes, rounded.bits)
-    rebuild = folded.weight if activations == FLOAT else qdq.weight
-    return rebuild(graph, stem, codes, rounded)
+    kind = onnx.TensorProto.FLOAT if activations == FLOAT else onnx.TensorProto.INT8
+    codes = store(graph, stem, rounded.codes, rounded.bits, kind)
+    return (folded.weight if activations == FLOAT else qdq.weight)(graph, stem, codes, rounded)
 
 
 def _bias(graph: Graph, stored: Stored) -> None:

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-import numpy as np
+import onnx
+from onnx import helper
 
 from onnx_lwdf.emit.stored import Values
 from onnx_lwdf.graph import Graph
 
 
-def store(graph: Graph, stem: str, values: Values, bits: int) -> str:
-    """The values as they are; the tensor's name."""
-    return graph.add_constant(f"{stem}.{'codes' if values.dtype == np.int8 else 'values'}", values)
+def store(graph: Graph, stem: str, values: Values, bits: int, kind: int) -> str:
+    """The values as they are."""
+    own = helper.np_dtype_to_tensor_dtype(values.dtype)
+    name = graph.add_constant(f"{stem}.{'codes' if own == onnx.TensorProto.INT8 else 'values'}", values)
+    return name if own == kind else graph.add_folded("Cast", [name], to=kind)

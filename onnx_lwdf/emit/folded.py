@@ -6,16 +6,13 @@ every inference). The file holds the codes, the session holds floats, the speed 
 
 from __future__ import annotations
 
-import onnx
-
 from onnx_lwdf.emit.stored import Rounded
 from onnx_lwdf.graph import Graph
 
 
 def weight(graph: Graph, stem: str, codes: str, rounded: Rounded) -> str:
-    """The float weight of a tensor that holds its codes; the weight's name."""
+    """The float weight of a float tensor that holds its codes; the weight's name."""
     shape = [1] * rounded.codes.ndim
     shape[rounded.axis] = -1
     scale = graph.add_constant(f"{stem}.scale", rounded.scale.reshape(shape))
-    cast = graph.add_folded("Cast", [codes], to=onnx.TensorProto.FLOAT)
-    return graph.add("Mul", [cast, scale], f"{stem}.stored")
+    return graph.add("Mul", [codes, scale], f"{stem}.stored")

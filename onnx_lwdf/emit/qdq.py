@@ -22,7 +22,7 @@ from onnx_lwdf.sites import Site, clip_bounds
 
 
 def weight(graph: Graph, stem: str, codes: str, rounded: Rounded) -> str:
-    """The float weight of a tensor that holds its codes; the weight's name."""
+    """The float weight of an int8 tensor that holds its codes; the weight's name."""
     scale = graph.add_constant(f"{stem}.scale", rounded.scale)
     zero = graph.add_constant(f"{stem}.zero_point", np.zeros(rounded.scale.shape, np.int8))
     return graph.add("DequantizeLinear", [codes, scale, zero], f"{stem}.stored", axis=rounded.axis)

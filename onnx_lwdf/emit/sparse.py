@@ -12,7 +12,7 @@ from __future__ import annotations
 import numpy as np
 import numpy.typing as npt
 import onnx
-from onnx import numpy_helper
+from onnx import helper
 
 from onnx_lwdf.emit import packed
 from onnx_lwdf.emit.stored import Values, smallest
@@ -21,9 +21,9 @@ from onnx_lwdf.graph import Graph
 LARGEST_GAP = 255
 
 
-def store(graph: Graph, stem: str, values: Values, bits: int) -> str:
+def store(graph: Graph, stem: str, values: Values, bits: int, kind: int) -> str:
     """The nonzero values and their gaps where that is smaller, operators included, else all values, packed."""
-    return smallest((packed.store, _store), stem, values, bits)(graph, stem, values, bits)
+    return smallest((packed.store, _store), stem, values, bits, kind)(graph, stem, values, bits, kind)
 
 
 def gaps(values: Values) -> tuple[npt.NDArray[np.uint8], Values]:
@@ -44,12 +44,12 @@ def gaps(values: Values) -> tuple[npt.NDArray[np.uint8], Values]:
     return steps, kept
 
 
-def _store(graph: Graph, stem: str, values: Values, bits: int) -> str:
+def _store(graph: Graph, stem: str, values: Values, bits: int, kind: int) -> str:
     steps, kept = gaps(values)
-    updates = packed.store(graph, f"{stem}.nonzero", kept, bits)
+    updates = packed.store(graph, f"{stem}.nonzero", kept, bits, kind)
     wide = graph.add_folded("Cast", [graph.add_constant(f"{stem}.gaps", steps)], to=onnx.TensorProto.INT32)
     index = graph.add_folded("CumSum", [wide, graph.shared_constant(np.array(0))])
-    size, zero = graph.shared_constant(np.array([values.size])), numpy_helper.from_array(np.zeros(1, values.dtype))
+    size, zero = graph.shared_constant(np.array([values.size])), helper.make_tensor("", kind, [1], [0])
     zeros = graph.add_folded("ConstantOfShape", [size], value=zero)
     flat = graph.add_folded("ScatterElements", [zeros, index, updates], axis=0)
     return graph.add_folded("Reshape", [flat, graph.shared_constant(np.array(values.shape))])

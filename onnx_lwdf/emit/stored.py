@@ -15,9 +15,9 @@ from onnx_lwdf.ranges import ActivationGrid
 
 Values = npt.NDArray[np.int8] | npt.NDArray[np.float32]  # codes, or a weight that stays float
 
-# Writes values under names that begin with a stem; the name of a tensor of the same values, dtype and shape. The bits
-# are those of the codes.
-Store = Callable[[Graph, str, Values, int], str]
+# Writes values under names that begin with a stem: (graph, stem, values, bits of the codes, ONNX type of the answer) -> the
+# name of a tensor of the same values and shape, int8 or float.
+Store = Callable[[Graph, str, Values, int, int], str]
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,17 +41,16 @@ class Stored:
     grid: ActivationGrid | None  # of the input; None: the input is float
 
 
-def smallest(stores: Sequence[Store], stem: str, values: Values, bits: int) -> Store:
+def smallest(stores: Sequence[Store], stem: str, values: Values, bits: int, kind: int) -> Store:
     """The store that takes the fewest bytes of a file for these values; the first of equals.
 
     Operators count, constants that layers share do not.
-    .
     """
-    return min(stores, key=lambda store: _file_bytes(store, stem, values, bits))
+    return min(stores, key=lambda store: _file_bytes(store, stem, values, bits, kind))
 
 
-def _file_bytes(store: Store, stem: str, values: Values, bits: int) -> int:
+def _file_bytes(store: Store, stem: str, values: Values, bits: int, kind: int) -> int:
     scratch = Graph(onnx.ModelProto())
-    store(scratch, stem, values, bits)
+    store(scratch, stem, values, bits, kind)
     own = [tensor for name, tensor in scratch.initializers.items() if name not in scratch.shared.values()]
     return sum(proto.ByteSize() for proto in (*scratch.nodes, *own, *scratch.model.graph.sparse_initializer))

@@ -32,7 +32,7 @@ def rebuild(store: Store, values: np.ndarray, bits: int) -> Emitted:
     model = onnx.parser.parse_model('<ir_version: 8, opset_import: ["" : 18]> net (int64[1] x) => () { }')
     graph = Graph(model)
     kind = onnx.helper.np_dtype_to_tensor_dtype(values.dtype)
-    name = graph.add("Identity", [store(graph, "weight", values, bits)], "rebuilt")
+    name = graph.add("Identity", [store(graph, "weight", values, bits, kind)], "rebuilt")
     model.graph.output.append(onnx.helper.make_tensor_value_info(name, kind, values.shape))
     graph.outputs = [name]
     graph.commit()
