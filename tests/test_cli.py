@@ -144,6 +144,7 @@ def error_of(result: Result) -> str:
         *(
             (f"--format {name} --activation-bits {8 if INTEGER in form.activations else 'float'}", "format", name)
             for name, form in FORMATS.items()
+            if INTEGER in form.weights
         ),
     ],
 )
