@@ -13,6 +13,8 @@ from onnx_lwdf.graph import Graph
 from onnx_lwdf.layers import Layer
 from onnx_lwdf.ranges import ActivationGrid
 
+OPERATOR_BYTES = 40  # that an operator must save, beside its own size, for the time that folding it takes at load
+
 Values = npt.NDArray[np.int8] | npt.NDArray[np.float32]  # codes, or a weight that stays float
 
 # Writes values under names that begin with a stem: (graph, stem, values, bits of the codes, ONNX type of the answer) -> the
@@ -44,7 +46,7 @@ class Stored:
 def smallest(stores: Sequence[Store], stem: str, values: Values, bits: int, kind: int) -> Store:
     """The store that takes the fewest bytes of a file for these values; the first of equals.
 
-    Operators count, constants that layers share do not.
+    Operators count, and a little more for the time that they take at load; constants that layers share do not.
     """
     return min(stores, key=lambda store: _file_bytes(store, stem, values, bits, kind))
 
@@ -53,4 +55,5 @@ def _file_bytes(store: Store, stem: str, values: Values, bits: int, kind: int) -
     scratch = Graph(onnx.ModelProto())
     store(scratch, stem, values, bits, kind)
     own = [tensor for name, tensor in scratch.initializers.items() if name not in scratch.shared.values()]
-    return sum(proto.ByteSize() for proto in (*scratch.nodes, *own, *scratch.model.graph.sparse_initializer))
+    written = sum(proto.ByteSize() for proto in (*scratch.nodes, *own, *scratch.model.graph.sparse_initializer))
+    return written + OPERATOR_BYTES * len(scratch.nodes)

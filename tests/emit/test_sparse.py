@@ -66,8 +66,8 @@ def test_sparse_is_never_larger_than_the_alternatives(side, density, bits):
     def size(store: Store) -> int:
         return rebuild(store, values, bits).model.ByteSize()
 
-    shared = 200  # bytes of constants that layers share
-    assert size(sparse.store) <= min(size(dense.store), size(packed.store)) + shared
+    tolerance = 1000  # constants that layers share, and the price of operators at load
+    assert size(sparse.store) <= min(size(dense.store), size(packed.store)) + tolerance
 
 
 @pytest.mark.parametrize("bits", [8, 32])
