@@ -66,15 +66,15 @@ def _store(graph: Graph, stem: str, values: Values, bits: int, kind: int) -> str
     whole = parts[0]
     for part in parts[1:]:
         whole = graph.add_folded("BitwiseOr", [whole, part])
-    # Shaped while it is one byte a code: onnxruntime copies the result of every operator that it folds.
-    if values.size < pieces[0].data.size * 8 // pieces[0].width:
-        flat = graph.add_folded("Reshape", [whole, graph.shared_constant(np.array([-1]))])
-        whole = graph.add_folded("Slice", [flat, *(graph.shared_constant(np.array([end])) for end in (0, values.size))])
-    shaped = graph.add_folded("Reshape", [whole, graph.shared_constant(np.array(values.shape))])
     # int8 cannot be subtracted in onnxruntime, floats can, and most weights are wanted as floats.
     offset = graph.shared_constant(np.float32(2 ** (bits - 1)))
-    codes = graph.add_folded("Sub", [graph.add_folded("Cast", [shaped], to=onnx.TensorProto.FLOAT), offset])
-    return codes if kind == onnx.TensorProto.FLOAT else graph.add_folded("Cast", [codes], to=kind)
+    codes = graph.add_folded("Sub", [graph.add_folded("Cast", [whole], to=onnx.TensorProto.FLOAT), offset])
+    codes = codes if kind == onnx.TensorProto.FLOAT else graph.add_folded("Cast", [codes], to=kind)
+    if values.size < pieces[0].data.size * 8 // pieces[0].width:
+        flat = graph.add_folded("Reshape", [codes, graph.shared_constant(np.array([-1]))])
+        ends = [graph.shared_constant(np.array([end])) for end in (0, values.size)]
+        codes = graph.add_folded("Slice", [flat, *ends])
+    return graph.add_folded("Reshape", [codes, graph.shared_constant(np.array(values.shape))])
 
 
 def _unpacked(graph: Graph, stem: str, piece: Piece, first_width: int) -> str:
