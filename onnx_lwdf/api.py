@@ -13,6 +13,7 @@ from onnx import numpy_helper
 from onnx_lwdf import model_io
 from onnx_lwdf.compress import Compressed, OnLayer, Prepared, compress_model, prepare
 from onnx_lwdf.config import Config
+from onnx_lwdf.emit import planned_bytes, sparse_initializer
 from onnx_lwdf.errors import GateError, OptionError
 from onnx_lwdf.layers import Layer, Skipped, output_axis
 from onnx_lwdf.layerwise import Solved, method_of
@@ -191,20 +192,21 @@ def inspect(model: str | Path | onnx.ModelProto, config: Config | None = None) -
     source = model_io.read(model)
     prepared = prepare(source.model, config)
     layers = [_planned(prepared, layer, config) for layer in prepared.layers]
-    return _assemble(source, config, prepared, layers, {}, {"path": None, "bytes": None})
+    return _assemble(source, config, prepared, layers, {}, {"path": None, "bytes": None}, prepared.warnings)
 
 
 def check(path: str | Path) -> tuple[str, ...]:
     """Problems of a file that this tool wrote; empty where it is sound.
 
-    The file must be valid ONNX with our provenance, and every scale in it positive and finite. Nothing is run.
+    The file must be valid ONNX with our provenance, and every scale in it positive and finite. Nothing is run. The full
+    check of onnx, which infers shapes, is for files without sparse initializers: it knows no layer that reads one.
     """
     model = model_io.load(Path(path))
     if not model_io.provenance(model):
         return ("was not written by onnx-lwdf: it has no provenance",)
     problems = []
     try:
-        onnx.checker.check_model(model, full_check=True)
+        onnx.checker.check_model(model, full_check=not model.graph.sparse_initializer)
     except Exception as error:  # ValidationError, InferenceError and others
         problems.append(f"is not valid: {str(error).strip().splitlines()[0]}")
     for tensor in model.graph.initializer:
@@ -233,7 +235,8 @@ def _check_gate(result: Result, least: float | None) -> None:
 
 def _report(source: model_io.Source, config: Config, done: Compressed, output: Mapping[str, object]) -> Report:
     layers = [_solved(done, answer) for answer in done.solved]
-    return _assemble(source, config, done.prepared, layers, done.fidelity.outputs, output)
+    warnings = *done.prepared.warnings, *sparse_initializer.warnings(done.model)
+    return _assemble(source, config, done.prepared, layers, done.fidelity.outputs, output, warnings)
 
 
 def _assemble(
@@ -243,6 +246,7 @@ def _assemble(
     layers: Sequence[LayerReport],
     outputs: Mapping[str, float],
     output: Mapping[str, object],
+    warnings: tuple[str, ...],
 ) -> Report:
     kept = [_kept(skipped) for skipped in prepared.skipped]
     return Report(
@@ -252,7 +256,7 @@ def _assemble(
         options=config.to_dict(),
         layers=(*layers, *kept),
         outputs=outputs,
-        warnings=prepared.warnings,
+        warnings=warnings,
     )
 
 
@@ -292,7 +296,9 @@ def _planned(prepared: Prepared, layer: Layer, config: Config) -> LayerReport:
         sparsity=pruning.share,
         sqnr_db=None,
         bytes_before=weight.nbytes,
-        bytes_after=weight.nbytes if bits.weight is None else weight.size + 4 * weight.shape[output_axis(layer)],
+        bytes_after=planned_bytes(
+            config.stored_format, config.activations, weight.shape, output_axis(layer), bits.weight
+        ),
     )
 
 
@@ -303,8 +309,7 @@ def _notes(done: Compressed, answer: Solved) -> tuple[str, ...]:
 
 
 def _solved(done: Compressed, answer: Solved) -> LayerReport:
-    weight, rounding = answer.solution.weight, answer.solution.rounding
-    stored = 4 * weight.size if rounding is None else weight.size + 4 * rounding.scale.size
+    weight = answer.solution.weight
     return LayerReport(
         name=answer.layer.name,
         op=answer.layer.op,
@@ -318,5 +323,5 @@ def _solved(done: Compressed, answer: Solved) -> LayerReport:
         sparsity=float((weight == 0).mean()),
         sqnr_db=done.fidelity.layers[answer.layer.name],
         bytes_before=4 * done.before[answer.layer.name],
-        bytes_after=stored,
+        bytes_after=done.sizes[answer.layer.name],
     )

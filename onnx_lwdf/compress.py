@@ -13,7 +13,7 @@ from onnx_lwdf.activations.sampler import draw_chunks, synthesize
 from onnx_lwdf.channels.prune import Pruned, prune_channels
 from onnx_lwdf.channels.spread import pooled_sources
 from onnx_lwdf.config import TARGETS, Config
-from onnx_lwdf.emit import FORMATS
+from onnx_lwdf.emit import FORMATS, emit, oldest_opset, operators
 from onnx_lwdf.emit.stored import Rounded, Stored
 from onnx_lwdf.errors import ModelError
 from onnx_lwdf.graph import Graph
@@ -71,6 +71,7 @@ class Compressed:
     before: Mapping[str, int]  # layer name -> values of its weight in the source
     shapes: Mapping[str, tuple[int, ...]]  # layer name -> of its weight as the model stores it
     notes: Mapping[str, str]  # layer name -> what happened to its channels
+    sizes: Mapping[str, int]  # layer name -> bytes of data that hold its weight
     fidelity: Fidelity
 
 
@@ -114,27 +115,27 @@ def compress_model(source: Source, config: Config, on_layer: OnLayer) -> Compres
     outputs = {layer.name: layer.output for layer in layers}  # by the names that they have in the float model
     kept = pruned.kept if config.weight_bits is None else {}
     stored = [_stored(graph, answer) for answer in solved]
-    FORMATS[config.stored_format].emit(graph, stored, sites, grids, signed)
+    sizes = emit(graph, FORMATS[config.stored_format].store, stored, sites, grids, signed)
     graph.commit()
 
     feeds = _verification(prepared.inputs, config)
     fidelity = verify(source.model, reference, graph.model, outputs, feeds, kept)
     on_layer(Progress("verify", "", 1, 1))
     shapes = {item.layer.name: item.weight.shape for item in stored}
-    return Compressed(graph.model, prepared, solved, before, shapes, pruned.notes, fidelity)
+    return Compressed(graph.model, prepared, solved, before, shapes, pruned.notes, sizes, fidelity)
 
 
 def prepare(model: onnx.ModelProto, config: Config) -> Prepared:
     """Read and precondition: layers found, BatchNormalization folded, bits planned."""
-    form = FORMATS[config.stored_format]
-    model, note = raise_opset(copy_of(model), form.opset)
+    form = config.stored_format
+    model, note = raise_opset(copy_of(model), oldest_opset(form, config.lowest_weight_bits, config.activations), form)
     notes = [note, fix_initializers(model)]
     graph = Graph(model)
     statistics = fold(graph)
     layers, skipped = find_layers(graph, config.exclude)
-    unfit = [layer for layer in layers if layer.op not in form.operators]
-    skipped += [_unfit(graph, layer, config.stored_format) for layer in unfit]
-    layers = [layer for layer in layers if layer.op in form.operators]
+    fit = operators(config.activations)
+    skipped += [_unfit(graph, layer, form) for layer in layers if layer.op not in fit]
+    layers = [layer for layer in layers if layer.op in fit]
     if not layers:
         reasons = "; ".join(dict.fromkeys(layer.reason for layer in skipped))
         raise ModelError(f"nothing to compress: {reasons or 'the model has no Conv, ConvTranspose, Gemm or MatMul'}")

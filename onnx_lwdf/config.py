@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass, field, fields
 from typing import Any
 
 from onnx_lwdf.activations.sources import SOURCES
-from onnx_lwdf.emit import FORMATS
+from onnx_lwdf.emit import FLOAT, FORMATS, INTEGER, automatic, refusal
 from onnx_lwdf.errors import OptionError
 from onnx_lwdf.solvers import SOLVERS
 
@@ -68,22 +68,12 @@ class Config:
         _check_choice("method", self.method, ("auto", *SOLVERS))
         _check_choice("format", self.format, ("auto", *FORMATS))
         _check_choice("target", self.target, tuple(TARGETS))
-        if self.format != "auto" and FORMATS[self.format].integer_activations != (self.activation_bits is not None):
-            wanted = "integer" if FORMATS[self.format].integer_activations else "float"
-            raise OptionError(
-                f"format {self.format!r} stores {wanted} activations; change --format or --activation-bits"
-            )
-        if self.weight_bits is None and self.activation_bits is not None:
-            raise OptionError("activations are quantized only where the weights are; give --bits or --weight-bits")
+        if refused := refusal(self.stored_format, self.weights, self.activations):
+            raise OptionError(refused)
         if self.weight_bits is None and self.bits_for:
             raise OptionError("bits-for quantizes single layers of a float model; give --bits or --weight-bits")
-        if (self.weight_bits is None) != (self.stored_format == "dense"):
-            wanted = "float" if self.stored_format == "dense" else "rounded"
-            raise OptionError(f"format {self.format!r} stores {wanted} weights; change --format or --weight-bits")
         self._check_pruning()
         self._check_numbers()
-        if not 0 <= self.channels < 1:
-            raise OptionError(f"channels is {self.channels:g}; it must be at least 0 and below 1")
         if self.samples < 1:
             raise OptionError(f"samples is {self.samples}; it must be at least 1")
         if self.jobs is not None and self.jobs < 1:
@@ -99,7 +89,7 @@ class Config:
 
     def _check_pruning(self) -> None:
         shares = {f"sparsity-for {pattern!r}": share for pattern, share in self.sparsity_for.items()}
-        for name, share in {"sparsity": self.sparsity, **shares}.items():
+        for name, share in {"sparsity": self.sparsity, "channels": self.channels, **shares}.items():
             if not 0 <= share < 1:
                 raise OptionError(f"{name} is {share:g}; it must be at least 0 and below 1")
         if self.nm is not None and self.sparsity:
@@ -133,11 +123,22 @@ class Config:
     @property
     def stored_format(self) -> str:
         """The format after `auto` is resolved: integer kernels with activations, else free at inference."""
-        if self.format != "auto":
-            return self.format
-        if self.weight_bits is None:
-            return "dense"
-        return "folded" if self.activation_bits is None else "qdq"
+        zeros = bool(self.sparsity or self.sparsity_for)
+        return automatic(self.weights, self.activations, zeros) if self.format == "auto" else self.format
+
+    @property
+    def weights(self) -> str:
+        """The kind of the weights, a word of the format table."""
+        return FLOAT if self.weight_bits is None else INTEGER
+
+    @property
+    def activations(self) -> str:
+        """The kind of the activations, a word of the format table."""
+        return FLOAT if self.activation_bits is None else INTEGER
+
+    @property
+    def lowest_weight_bits(self) -> int:
+        return min(bits for bits in (self.weight_bits, *self.bits_for.values(), BITS.stop - 1) if bits is not None)
 
     @property
     def bits_name(self) -> str:

@@ -38,6 +38,7 @@ class Graph:
         self.outputs = [v.name for v in model.graph.output]
         self._values: dict[str, Array] = {}
         self._folded: dict[str, Array] | None = None
+        self.shared: dict[tuple[str, tuple[int, ...], bytes], str] = {}  # dtype, shape, value -> initializer
         self.reindex()
 
     @property
@@ -114,6 +115,14 @@ class Graph:
         self._store(name, value)
         return name
 
+    def shared_constant(self, value: npt.ArrayLike) -> str:
+        """An initializer of this value for all who ask for it, such as a shape; its name."""
+        array = np.asarray(value, order="C")
+        key = (array.dtype.str, array.shape, array.tobytes())
+        if key not in self.shared:
+            self.shared[key] = self.add_constant("constant", array)
+        return self.shared[key]
+
     def set_input(self, node: onnx.NodeProto, index: int, value: Array, stem: str) -> None:
         """Make the node's input a constant of this value: its own initializer is overwritten, a shared one is not."""
         while len(node.input) <= index:
@@ -146,8 +155,14 @@ class Graph:
 
     def add(self, op: str, inputs: Iterable[str], stem: str, **attributes: Any) -> str:
         """Append a node with one output of a fresh name; the output's name."""
-        output = self.unique(stem)
-        node = onnx.helper.make_node(op, list(inputs), [output], name=self.unique(f"{stem}/{op}"), **attributes)
+        return self._append(op, inputs, self.unique(stem), name=self.unique(f"{stem}/{op}"), **attributes)
+
+    def add_folded(self, op: str, inputs: Iterable[str], **attributes: Any) -> str:
+        """As `add`, for a step in the middle of constants: a file holds hundreds of them, and names take bytes."""
+        return self._append(op, inputs, self.unique(f"folded.{len(self.nodes)}"), **attributes)
+
+    def _append(self, op: str, inputs: Iterable[str], output: str, **attributes: Any) -> str:
+        node = onnx.helper.make_node(op, list(inputs), [output], **attributes)
         self.nodes.append(node)
         self.producer[output] = node
         for name in dict.fromkeys(node.input):

@@ -23,7 +23,7 @@ TOOL = "onnx-lwdf"
 PREFIX = "onnx_lwdf."  # of our keys in metadata_props
 OLDEST_OPSET = 7
 # The IR version that onnx 1.x released with an operator set; onnxruntime refuses a file whose IR is newer than itself.
-IR_OF_OPSET: Mapping[int, int] = {13: 7, 21: 10}
+IR_OF_OPSET: Mapping[int, int] = {9: 4, 11: 6, 13: 7, 18: 8}
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,8 +101,8 @@ def _external_files(model: onnx.ModelProto) -> dict[str, None]:
     return names
 
 
-def raise_opset(model: onnx.ModelProto, opset: int) -> tuple[onnx.ModelProto, str | None]:
-    """The model at this operator set at least, with a note where it had to be converted.
+def raise_opset(model: onnx.ModelProto, opset: int, form: str) -> tuple[onnx.ModelProto, str | None]:
+    """The model at this operator set at least, which the format needs, with a note where it had to be converted.
 
     Raises ModelError where onnx cannot convert it.
     """
@@ -113,15 +113,21 @@ def raise_opset(model: onnx.ModelProto, opset: int) -> tuple[onnx.ModelProto, st
         converted = version_converter.convert_version(model, opset)
     except Exception as error:  # the converter raises RuntimeError and others
         raise ModelError(
-            f"opset {current} cannot be raised to {opset}, which integer activations need: {first_line(error)}; "
-            "export it with a newer opset, or use --activation-bits float"
+            f"opset {current} cannot be raised to {opset}, which format {form} needs: {first_line(error)}; "
+            "export it with a newer opset, or use --activation-bits float --format folded"
         ) from error
     converted.ir_version = max(model.ir_version, IR_OF_OPSET[opset])
     for name in ("producer_name", "producer_version", "domain", "model_version", "doc_string"):
         setattr(converted, name, getattr(model, name))
     del converted.metadata_props[:]
     converted.metadata_props.extend(model.metadata_props)
-    return converted, f"opset raised from {current} to {opset}, which the format needs"
+    known = {info.name for info in model.graph.value_info}
+    kept = [
+        onnx.ValueInfoProto.FromString(v.SerializeToString()) for v in converted.graph.value_info if v.name in known
+    ]
+    del converted.graph.value_info[:]  # the converter writes down every shape that it infers
+    converted.graph.value_info.extend(kept)
+    return converted, f"opset raised from {current} to {opset}, which format {form} needs"
 
 
 def fix_initializers(model: onnx.ModelProto) -> str | None:

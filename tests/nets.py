@@ -8,6 +8,8 @@ from onnx import numpy_helper
 
 from onnx_lwdf.runtime import Array, open_session, run
 
+FAST = {"samples": 16, "jobs": 1, "input_range": (-4.0, 4.0)}  # options for nets that get standard normal values
+
 RESIDUAL = """
 <ir_version: 8, opset_import: ["" : 17]>
 net (float[N,3,16,16] x) => (float[N,5] y) {

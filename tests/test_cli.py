@@ -20,7 +20,7 @@ from click.testing import CliRunner, Result
 from onnx_lwdf import api, cli
 from onnx_lwdf.compress import Progress
 from onnx_lwdf.config import TARGETS, Config
-from onnx_lwdf.emit import FORMATS
+from onnx_lwdf.emit import FORMATS, INTEGER
 from onnx_lwdf.errors import ModelError, OptionError
 from onnx_lwdf.model_io import tool_version
 from onnx_lwdf.report import COLUMNS, LayerReport, Report
@@ -149,9 +149,9 @@ def error_of(result: Result) -> str:
         ("--format dense --sparsity 0.5", "format", "dense"),
         *((f"--target {name}", "target", name) for name in TARGETS),
         *(
-            (f"--format {name} --activation-bits {8 if form.integer_activations else 'float'}", "format", name)
+            (f"--format {name} --activation-bits {8 if INTEGER in form.activations else 'float'}", "format", name)
             for name, form in FORMATS.items()
-            if name != "dense"
+            if INTEGER in form.weights
         ),
         ("--format dense --channels 0.1", "format", "dense"),
         ("--channels 0.1", "channels", 0.1),

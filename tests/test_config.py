@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 
 from onnx_lwdf.config import Config
+from onnx_lwdf.emit import FLOAT, FORMATS, INTEGER, automatic, refusal
 from onnx_lwdf.errors import OptionError
 
 
@@ -29,6 +30,8 @@ from onnx_lwdf.errors import OptionError
         ({"weight_bits": None, "activation_bits": None, "bits_for": {"x": 4}}, "give --bits"),
         ({"format": "dense", "activation_bits": None}, "stores float weights"),
         ({"format": "folded", "weight_bits": None, "activation_bits": None}, "stores rounded weights"),
+        ({"format": "sparse-initializer"}, "float activations"),
+        ({"format": "dense", "activation_bits": None}, "float weights"),
         ({"seed": -1}, "seed is -1"),
         ({"fail_under": float("nan")}, "finite"),
         ({"input_range": (0.0, float("inf"))}, "finite"),
@@ -73,3 +76,15 @@ def test_what_a_configuration_means():
 
 def test_the_recorded_options_do_not_depend_on_the_machine():
     assert Config(jobs=3, seed=2).to_dict() == {"weight_bits": 8, "activation_bits": 8, "seed": 2}
+
+
+@pytest.mark.parametrize("name", ["qdq", "folded", "packed"])
+def test_formats_of_codes_refuse_float_weights(name):
+    activations = FORMATS[name].activations[0]
+    assert "stores integer weights" in (refusal(name, FLOAT, activations) or "")
+
+
+def test_float_weights_go_with_float_activations():
+    assert automatic(FLOAT, FLOAT) == "sparse"
+    assert refusal("sparse", FLOAT, FLOAT) is None
+    assert "integer weights" in (refusal("sparse", FLOAT, INTEGER) or "")

@@ -1,31 +1,163 @@
-"""How a solution is stored: one format a file, one visible table."""
+"""How a solution is written: one storage of weights a file, one visible table.
+
+Storage and activations are independent. A storage rebuilds a weight's codes (or its float values) from what the file
+holds; the codes of a layer with integer activations go into DequantizeLinear, those of any other, cast to float, into Mul. In
+both cases onnxruntime folds the storage's own operators at load, and the kernels that run are the same for all storages.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+import math
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from onnx_lwdf.emit import dense, folded, qdq
-from onnx_lwdf.emit.stored import Stored
+import numpy as np
+import onnx
+from onnx import numpy_helper
+
+from onnx_lwdf.emit import dense, folded, packed, qdq, sparse, sparse_initializer
+from onnx_lwdf.emit.stored import Rounded, Store, Stored
 from onnx_lwdf.graph import Graph
+from onnx_lwdf.layers import WEIGHTED, set_bias
 from onnx_lwdf.ranges import ActivationGrid
 from onnx_lwdf.sites import Site
 
-Emitter = Callable[[Graph, Sequence[Stored], Sequence[Site], Mapping[str, ActivationGrid], bool], None]
+INTEGER, FLOAT = "integer", "float"
+FLOAT_BITS = 32
 
 
 @dataclass(frozen=True, slots=True)
 class Format:
-    """An emitter and what it needs."""
+    """A storage, what it can store, and the oldest operator sets that have what it writes."""
 
-    emit: Emitter
-    integer_activations: bool
-    opset: int  # the oldest operator set that has what it writes
-    operators: tuple[str, ...]  # the layers that it can store
+    store: Store
+    weights: tuple[str, ...]
+    activations: tuple[str, ...]
+    opset: int  # with weights of 8 bits or float
+    opset_packed: int  # with weights below 8 bits
 
 
 FORMATS: Mapping[str, Format] = {
-    "qdq": Format(qdq.emit, True, 13, ("Conv", "Gemm", "MatMul")),
-    "dense": Format(dense.emit, False, 7, ("Conv", "ConvTranspose", "Gemm", "MatMul")),
-    "folded": Format(folded.emit, False, 9, ("Conv", "ConvTranspose", "Gemm", "MatMul")),
+    "qdq": Format(dense.store, (INTEGER,), (INTEGER,), 13, 13),
+    "folded": Format(dense.store, (INTEGER,), (FLOAT,), 9, 9),
+    "packed": Format(packed.store, (INTEGER,), (INTEGER, FLOAT), 9, 18),
+    "sparse": Format(sparse.store, (INTEGER, FLOAT), (INTEGER, FLOAT), 11, 18),
+    "sparse-initializer": Format(sparse_initializer.store, (INTEGER, FLOAT), (FLOAT,), 11, 11),
+    "dense": Format(dense.store, (FLOAT,), (FLOAT,), 1, 1),
 }
+QDQ_OPSET = 13  # DequantizeLinear with one scale per channel
+INTEGER_OPERATORS = ("Conv", "Gemm", "MatMul")  # that onnxruntime has integer kernels for
+
+
+def automatic(weights: str, activations: str, zeros: bool) -> str:
+    """The format that fits the kinds of weights and activations, and whether many weights are zero anywhere."""
+    if activations == INTEGER:
+        return "qdq"
+    if weights == INTEGER:
+        return "folded"
+    return "sparse" if zeros else "dense"
+
+
+def refusal(name: str, weights: str, activations: str) -> str | None:
+    """Why the format cannot store these kinds of weights and activations, with what to do; None where it can."""
+    form = FORMATS[name]
+    if activations not in form.activations:
+        return f"format {name!r} stores {form.activations[0]} activations; change --format or --activation-bits"
+    if weights not in form.weights:
+        return f"format {name!r} stores {form.weights[0]} weights; change --format or --weight-bits"
+    if (weights, activations) == (FLOAT, INTEGER):
+        return "integer activations need integer weights; change --weight-bits or use --activation-bits float"
+    return None
+
+
+def oldest_opset(name: str, bits: int, activations: str) -> int:
+    """The oldest operator set that can hold the format with weights of at least this many bits."""
+    form = FORMATS[name]
+    needed = form.opset_packed if bits < 8 else form.opset
+    return max(needed, QDQ_OPSET) if activations == INTEGER else needed
+
+
+def operators(activations: str) -> tuple[str, ...]:
+    """The layers that can be stored."""
+    return INTEGER_OPERATORS if activations == INTEGER else WEIGHTED
+
+
+def emit(
+    graph: Graph,
+    store: Store,
+    layers: Sequence[Stored],
+    sites: Sequence[Site],
+    grids: Mapping[str, ActivationGrid],
+    signed: bool,
+) -> dict[str, int]:
+    """Write the layers' weights and biases, and Q-DQ pairs at every tensor of the sites.
+
+    Answers layer name -> the bytes of data that hold its weight. Without sites, activations stay float.
+    """
+    for stored in layers:
+        _weight(graph, stored, store)
+        _bias(graph, stored)
+    sizes = _data_bytes(graph, {stored.layer.name: stored.layer.weight for stored in layers})
+    qdq.activations(graph, sites, grids, signed)
+    return sizes
+
+
+def planned_bytes(name: str, activations: str, shape: tuple[int, ...], axis: int, bits: int | None) -> int:
+    """What `emit` will answer for a layer of codes of this shape, scales along `axis`; at most, where zeros shrink it."""
+    if bits is None:
+        return FLOAT_BITS // 8 * math.prod(shape)
+    scratch, codes = Graph(onnx.ModelProto()), np.ones(shape, np.int8)
+    rounded = Rounded(codes, np.ones(shape[axis], np.float32), axis, bits)
+    weight = _float_weight(scratch, "weight", rounded, FORMATS[name].store, activations)
+    return _data_bytes(scratch, {"weight": weight})["weight"]
+
+
+def _weight(graph: Graph, stored: Stored, store: Store) -> None:
+    stem = stored.layer.weight
+    if stored.rounded is None:
+        weight = store(graph, stem, stored.weight, FLOAT_BITS, onnx.TensorProto.FLOAT)
+    else:
+        weight = _float_weight(graph, stem, stored.rounded, store, FLOAT if stored.grid is None else INTEGER)
+    graph.connect(stored.layer.node, 1, weight)
+
+
+def _float_weight(graph: Graph, stem: str, rounded: Rounded, store: Store, activations: str) -> str:
+    kind = onnx.TensorProto.FLOAT if activations == FLOAT else onnx.TensorProto.INT8
+    codes = store(graph, stem, rounded.codes, rounded.bits, kind)
+    return (folded.weight if activations == FLOAT else qdq.weight)(graph, stem, codes, rounded)
+
+
+def _bias(graph: Graph, stored: Stored) -> None:
+    """int32 codes where the layer itself holds a bias beside integers, else float, where there is anything to hold."""
+    if stored.layer.bias is None:
+        return
+    node, index = stored.layer.bias
+    if stored.layer.op != "MatMul" and stored.rounded is not None and stored.grid is not None:
+        stem = stored.layer.weight
+        while len(node.input) <= index:
+            node.input.append("")
+        graph.connect(node, index, qdq.bias(graph, stem, stored.bias, stored.rounded, stored.grid))
+    elif stored.bias.any() or index < len(node.input):
+        set_bias(graph, stored.layer, np.asarray(stored.bias))
+
+
+def _data_bytes(graph: Graph, tensors: Mapping[str, str]) -> dict[str, int]:
+    """Key -> the bytes of the initializers that its tensor is made of; one that several share counts at the first."""
+    sparse_tensors = {tensor.values.name: tensor for tensor in graph.model.graph.sparse_initializer}
+    seen: set[str] = set()
+    sizes: dict[str, int] = {}
+    for key, tensor in tensors.items():
+        wanted, sizes[key] = [tensor], 0
+        while wanted:
+            name = wanted.pop()
+            if name in seen:
+                continue
+            seen.add(name)
+            if name in graph.producer:
+                wanted.extend(graph.producer[name].input)
+            elif name in sparse_tensors:
+                parts = sparse_tensors[name].values, sparse_tensors[name].indices
+                sizes[key] += sum(numpy_helper.to_array(part).nbytes for part in parts)
+            elif name in graph.initializers:
+                sizes[key] += numpy_helper.to_array(graph.initializers[name]).nbytes
+    return sizes

@@ -1,24 +1,16 @@
-"""Float storage: the weights as the model's own kind of initializers, for what is pruned and not rounded."""
+"""Storage as plain initializers: one byte per code, four per float; zeros stay in place."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import onnx
+from onnx import helper
 
-import numpy as np
-
-from onnx_lwdf.emit.stored import Stored
+from onnx_lwdf.emit.stored import Values
 from onnx_lwdf.graph import Graph
-from onnx_lwdf.layers import set_bias, set_weight, to_canonical
-from onnx_lwdf.ranges import ActivationGrid
-from onnx_lwdf.sites import Site
 
 
-def emit(
-    graph: Graph, layers: Sequence[Stored], sites: Sequence[Site], grids: Mapping[str, ActivationGrid], signed: bool
-) -> None:
-    """Write the weights as float32; activations stay float."""
-    for stored in layers:
-        if not np.array_equal(stored.weight, np.asarray(graph.constant(stored.layer.weight))):
-            set_weight(graph, stored.layer, to_canonical(stored.layer, stored.weight))
-        if stored.bias.any() or len(stored.layer.node.input) > 2:
-            set_bias(graph, stored.layer, np.asarray(stored.bias))
+def store(graph: Graph, stem: str, values: Values, bits: int, kind: int) -> str:
+    """The values as they are."""
+    own = helper.np_dtype_to_tensor_dtype(values.dtype)
+    name = graph.add_constant(f"{stem}.{'codes' if own == onnx.TensorProto.INT8 else 'values'}", values)
+    return name if own == kind else graph.add_folded("Cast", [name], to=kind)

@@ -12,60 +12,42 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 
 import numpy as np
+import numpy.typing as npt
 import onnx
 
-from onnx_lwdf.emit.stored import Rounded, Stored
+from onnx_lwdf.emit.stored import Rounded
 from onnx_lwdf.graph import Graph
-from onnx_lwdf.layers import Layer, set_bias
 from onnx_lwdf.ranges import ActivationGrid
 from onnx_lwdf.sites import Site, clip_bounds
 
 
-def emit(
-    graph: Graph, layers: Sequence[Stored], sites: Sequence[Site], grids: Mapping[str, ActivationGrid], signed: bool
-) -> None:
-    """Write the layers' weights as codes behind DequantizeLinear, and Q-DQ pairs at every tensor of the sites."""
-    for stored in layers:
-        assert stored.rounded is not None, stored.layer.name
-        _weight(graph, stored.layer, stored.rounded)
-        _bias(graph, stored, stored.rounded)
+def weight(graph: Graph, stem: str, codes: str, rounded: Rounded) -> str:
+    """The float weight of an int8 tensor that holds its codes; the weight's name."""
+    scale = graph.add_constant(f"{stem}.scale", rounded.scale)
+    zero = graph.add_constant(f"{stem}.zero_point", np.zeros(rounded.scale.shape, np.int8))
+    return graph.add("DequantizeLinear", [codes, scale, zero], f"{stem}.stored", axis=rounded.axis)
+
+
+def bias(graph: Graph, stem: str, values: npt.NDArray[np.float64], rounded: Rounded, grid: ActivationGrid) -> str:
+    """The bias as int32 codes (older onnxruntime does not fuse a float one); its name."""
+    scale = (np.float32(grid.scale) * rounded.scale).astype(np.float32)
+    codes = np.rint(values / scale.astype(np.float64))
+    limit = np.iinfo(np.int32).max
+    inputs = [
+        graph.add_constant(f"{stem}.bias.codes", np.clip(codes, -limit, limit).astype(np.int32)),
+        graph.add_constant(f"{stem}.bias.scale", scale),
+        graph.add_constant(f"{stem}.bias.zero_point", np.zeros(scale.shape, np.int32)),
+    ]
+    return graph.add("DequantizeLinear", inputs, f"{stem}.bias.stored", axis=0)
+
+
+def activations(graph: Graph, sites: Sequence[Site], grids: Mapping[str, ActivationGrid], signed: bool) -> None:
+    """Write Q-DQ pairs at every tensor of the sites."""
     for site in sites:
         grid = grids[site.tensors[0]]
         _free_activation(graph, site.tensors[0], grid)
         for tensor in site.tensors:
             _quantize(graph, tensor, grid, signed)
-
-
-def _weight(graph: Graph, layer: Layer, rounded: Rounded) -> None:
-    stem = layer.weight
-    codes = graph.add_constant(f"{stem}.codes", rounded.codes)
-    scale = graph.add_constant(f"{stem}.scale", rounded.scale)
-    zero = graph.add_constant(f"{stem}.zero_point", np.zeros(rounded.scale.shape, np.int8))
-    weight = graph.add("DequantizeLinear", [codes, scale, zero], f"{stem}.stored", axis=rounded.axis)
-    graph.connect(layer.node, 1, weight)
-
-
-def _bias(graph: Graph, stored: Stored, rounded: Rounded) -> None:
-    """int32 where the layer itself holds it (older onnxruntime does not fuse a float one), float in an Add."""
-    node = stored.layer.node
-    if stored.layer.bias is None:
-        return
-    if stored.layer.op == "MatMul" or stored.grid is None:
-        set_bias(graph, stored.layer, stored.bias)
-        return
-    scale = (np.float32(stored.grid.scale) * rounded.scale).astype(np.float32)
-    codes = np.rint(stored.bias / scale.astype(np.float64))
-    limit = np.iinfo(np.int32).max
-    stem = f"{stored.layer.weight}.bias"
-    inputs = [
-        graph.add_constant(f"{stem}.codes", np.clip(codes, -limit, limit).astype(np.int32)),
-        graph.add_constant(f"{stem}.scale", scale),
-        graph.add_constant(f"{stem}.zero_point", np.zeros(scale.shape, np.int32)),
-    ]
-    bias = graph.add("DequantizeLinear", inputs, f"{stem}.stored", axis=0)
-    while len(node.input) <= 2:
-        node.input.append("")
-    graph.connect(node, 2, bias)
 
 
 def _free_activation(graph: Graph, tensor: str, grid: ActivationGrid) -> None:

@@ -1,190 +1,165 @@
-"""Emitted files: onnxruntime against the ONNX reference evaluator, kernels that run, limits that hold."""
+"""All formats beside each other: the same solution gives the same kernels and the same answers however it is stored."""
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import numpy as np
 import onnx
-import onnxruntime as ort
 import pytest
 from onnx import numpy_helper
 from onnx.reference import ReferenceEvaluator
 
 import onnx_lwdf
-from onnx_lwdf.config import TARGETS
-from onnx_lwdf.emit import FORMATS
-from onnx_lwdf.runtime import open_session
-from tests.nets import answers, residual, samples, sqnr_db, with_weights
+from onnx_lwdf import emit
+from onnx_lwdf.config import Config
+from onnx_lwdf.emit import FLOAT, FORMATS, INTEGER
+from onnx_lwdf.emit.stored import Rounded, Stored
+from onnx_lwdf.graph import Graph
+from onnx_lwdf.grid import code_range
+from onnx_lwdf.layers import Bits, Layer, bias_of, find_layers, output_axis
+from onnx_lwdf.ranges import grid_for
+from onnx_lwdf.sites import find_sites
+from tests.emit.rebuilding import kernels
+from tests.nets import FAST, answers, residual, samples, sqnr_db, with_weights
 
-FAST = {"samples": 16, "jobs": 1, "input_range": (-4.0, 4.0)}  # the tests feed standard normal values
-
-
-def optimized(model: onnx.ModelProto, folder: Path) -> list[str]:
-    path = folder / "optimized.onnx"
-    open_session(model, optimized_path=path)
-    return [node.op_type for node in onnx.load(path).graph.node]
-
-
-@pytest.mark.parametrize("bits", [8, 6, 4])
-@pytest.mark.parametrize("target", [name for name, target in TARGETS.items() if not target.signed_activations])
-def test_every_layer_becomes_an_integer_kernel(bits, target, tmp_path):
-    model = onnx_lwdf.compress(residual(), bits=bits, target=target, **FAST).model
-    onnx.checker.check_model(model, full_check=True)
-    kernels = optimized(model, tmp_path)
-    assert kernels.count("QLinearConv") == 4
-    assert kernels.count("QLinearAdd") == 1
-    assert kernels.count("QLinearGlobalAveragePool") == 1
-    assert kernels.count("QGemm") == 1
-    assert "Conv" not in kernels
-    assert "FusedConv" not in kernels
+BITS = {"w0": 8, "w1": 8, "w2": 3, "w3": 6, "w4": 5}
+RUNNABLE = [
+    (name, weights, activations)
+    for name, form in FORMATS.items()
+    for weights in form.weights
+    for activations in form.activations
+    if emit.refusal(name, weights, activations) is None
+]
 
 
-@pytest.mark.parametrize("bits", [8, 5])
-def test_reference_evaluator_gives_the_same_answer(bits):
-    source = residual()
-    source.opset_import[0].version, source.ir_version = 21, 10  # the evaluator knows DequantizeLinear from 19 on
-    model = onnx_lwdf.compress(source, bits=bits, **FAST).model
+def wide() -> onnx.ModelProto:
+    """Layers large enough for every storage to pay: first, depthwise, pointwise, strided, classifier; 93 % are zeros."""
+    text = """
+    <ir_version: 10, opset_import: ["" : 21]>
+    net (float[N,3,12,12] x) => (float[N,40] y) {
+        a = Conv <pads = [1,1,1,1]> (x, w0, b0)
+        b = Relu (a)
+        c = Conv <pads = [1,1,1,1], group = 32> (b, w1, b1)
+        d = Clip (c, zero, six)
+        e = Conv (d, w2, b2)
+        s = Add (b, e)
+        f = Conv <strides = [2,2]> (s, w3, b3)
+        g = Relu (f)
+        p = GlobalAveragePool (g)
+        q = Flatten (p)
+        y = Gemm <transB = 1> (q, w4, b4)
+    }
+    """
+    rng = np.random.default_rng(0)
+    shapes = [(32, 3, 3, 3), (32, 1, 3, 3), (32, 32, 1, 1), (61, 32, 3, 3), (40, 61)]
+    tensors: dict[str, np.ndarray] = {"zero": np.float32(0), "six": np.float32(6)}
+    for number, shape in enumerate(shapes):
+        keep = rng.random(shape) < (0.07 if number > 1 else 1)
+        tensors[f"w{number}"] = rng.normal(0, 0.3, shape) * keep
+        tensors[f"b{number}"] = rng.normal(0, 0.1, shape[0])
+    return with_weights(text, tensors)
+
+
+def written(name: str, weights: str, activations: str) -> tuple[onnx.ModelProto, dict[str, int]]:
+    """The net's weights rounded to nearest by hand, or left float, in this format; the bytes by layer."""
+    graph = Graph(wide())
+    layers, _ = find_layers(graph)
+    plan = {layer.name: Bits(BITS[layer.weight], 8 if activations == INTEGER else None) for layer in layers}
+    sites = find_sites(graph, layers, plan)
+    grids = {
+        tensor: grid_for(-4.0 if site.low is None else site.low, 4.0, 8, False)
+        for site in sites
+        for tensor in site.tensors
+    }
+    stored = [_stored(graph, layer, weights, grids) for layer in layers]
+    sizes = emit.emit(graph, FORMATS[name].store, stored, sites, grids, signed=False)
+    graph.commit()
+    return graph.model, sizes
+
+
+def _stored(graph: Graph, layer: Layer, weights: str, grids: dict[str, object]) -> Stored:
+    weight, axis, bits = graph.constant(layer.weight), output_axis(layer), BITS[layer.weight]
+    assert weight is not None
+    assert axis == 0
+    low, high = code_range(bits)
+    scale = (np.abs(weight).reshape(len(weight), -1).max(1, initial=1e-3) / -low).astype(np.float32)
+    column = scale.reshape(-1, *[1] * (weight.ndim - 1))
+    codes = np.clip(np.rint(weight / column), low, high).astype(np.int8)
+    rounded = Rounded(codes, scale, axis, bits) if weights == INTEGER else None
+    return Stored(layer, weight, rounded, bias_of(graph, layer), grids.get(layer.input))
+
+
+@pytest.mark.parametrize(("name", "weights", "activations"), RUNNABLE)
+def test_storage_changes_neither_kernels_nor_answers(name, weights, activations):
+    model, _ = written(name, weights, activations)
+    plain = {(INTEGER, INTEGER): "qdq", (INTEGER, FLOAT): "folded", (FLOAT, FLOAT): "dense"}[weights, activations]
+    reference, _ = written(plain, weights, activations)
+    if name != plain:
+        assert model.ByteSize() < 0.9 * reference.ByteSize()
+    assert model.ir_version <= 10
+    assert kernels(model) == kernels(reference)
+    rebuilding = {"Cast", "Mul", "BitShift", "ScatterElements", "CumSum", "Reshape", "ConstantOfShape"}
+    assert not rebuilding & set(kernels(model))
+    assert ("QLinearConv" in kernels(model)) == (activations == INTEGER)
+    assert ("Conv" in kernels(model) or "FusedConv" in kernels(model)) == (activations == FLOAT)
     feeds = samples(model)
-    reference = ReferenceEvaluator(model).run(None, feeds)[0]
-    # Without fusion the two differ only where a float32 sum lands on a rounding tie.
-    assert sqnr_db(reference, answers(model, feeds, optimize=False)[0]) > 45
-    # With integer kernels a tie may move one code at each of six layers: far below the quantization error itself.
-    assert sqnr_db(reference, answers(model, feeds)[0]) > 30
+    np.testing.assert_array_equal(answers(model, feeds)[0], answers(reference, feeds)[0])
+    if name != "sparse-initializer":
+        onnx.checker.check_model(model, full_check=True)
+        exact = ReferenceEvaluator(model).run(None, feeds)[0]
+        assert sqnr_db(exact, answers(model, feeds)[0]) > (40 if activations == INTEGER else 100)
 
 
-def test_eight_bits_are_near_float():
-    source = residual()
-    model = onnx_lwdf.compress(source, **FAST).model
-    feeds = samples(source, 16)
-    assert sqnr_db(answers(source, feeds)[0], answers(model, feeds)[0]) > 20
+@pytest.mark.parametrize(("name", "weights", "activations"), RUNNABLE)
+def test_bytes_of_the_layers_are_those_of_the_initializers_that_are_no_bias(name, weights, activations):
+    model, sizes = written(name, weights, activations)
+    biases = {node.input[2] for node in model.graph.node if node.op_type in ("Conv", "Gemm")}
+    made = {node.output[0]: node for node in model.graph.node}
+    biases |= {name for bias in biases if bias in made for name in made[bias].input}
+    others = {name for node in model.graph.node if node.op_type in ("QuantizeLinear", "Clip") for name in node.input}
+    tensors = [t for t in model.graph.initializer if t.name not in biases | others]
+    for sparse in model.graph.sparse_initializer:
+        tensors += [sparse.values, sparse.indices]
+    assert sum(sizes.values()) == sum(numpy_helper.to_array(tensor).nbytes for tensor in tensors)
+    assert set(sizes) == {node.name for node in model.graph.node if node.op_type in ("Conv", "Gemm")}
 
 
-def stored_codes(model: onnx.ModelProto) -> dict[str, np.ndarray]:
-    return {
-        tensor.name: numpy_helper.to_array(tensor).astype(int)
-        for tensor in model.graph.initializer
-        if tensor.name.endswith(".codes") and tensor.data_type == onnx.TensorProto.INT8
-    }
+def test_onnx_rejects_a_convolution_fed_by_a_sparse_initializer():
+    """As the report says. Where this fails onnx has learned it, and the warning can go."""
+    model, _ = written("sparse-initializer", FLOAT, FLOAT)
+    onnx.checker.check_model(model)
+    assert model.graph.sparse_initializer
+    with pytest.raises(onnx.shape_inference.InferenceError):
+        onnx.checker.check_model(model, full_check=True)
 
 
-def worst_pair(codes: np.ndarray) -> int:
-    """Over filters [out, in, kh, kw] flattened in NHWC order, or rows [out, in]."""
-    rows = codes.transpose(0, 2, 3, 1).reshape(len(codes), -1) if codes.ndim == 4 else codes
-    even = rows.shape[1] // 2 * 2
-    return int(np.abs(rows[:, 0:even:2] + rows[:, 1:even:2]).max())
+@pytest.mark.parametrize("name", ["packed", "sparse"])
+def test_the_report_plans_what_is_then_written(name):
+    options = {"weight_bits": 4, "activation_bits": "float", "format": name, **FAST}
+    written = onnx_lwdf.compress(wide(), **options).report
+    config = Config(weight_bits=4, activation_bits=None, format=name, input_range=(-4.0, 4.0))
+    planned = onnx_lwdf.inspect(wide(), config)
+    pairs = list(zip(planned.layers, written.layers, strict=True))
+    assert all(a.bytes_after >= b.bytes_after for a, b in pairs)
+    assert written.output["bytes"] > sum(layer.bytes_after for layer in written.layers)
+    if name == "packed":
+        data = [layer for layer in planned.layers if layer.name == "conv_6"]  # w3, 4 bits
+        assert data[0].bytes_after - 4 * 61 in range(61 * 32 * 9 // 2, 61 * 32 * 9 // 2 + 64)
 
 
-def all_of_one_sign() -> onnx.ModelProto:
-    """Filters whose pairs all want to be over the limit."""
-    text = """
-    <ir_version: 8, opset_import: ["" : 17]>
-    net (float[N,3,12,12] x) => (float[N,6] y) {
-        a = Conv (x, w0)
-        b = Relu (a)
-        c = Conv (b, w1)
-        p = GlobalAveragePool (c)
-        f = Flatten (p)
-        y = Gemm <transB = 1> (f, w2)
-    }
-    """
-    rng = np.random.default_rng(0)
-    shapes = {"w0": (5, 3, 3, 3), "w1": (6, 5, 3, 3), "w2": (6, 6)}
-    return with_weights(text, {name: rng.uniform(0.8, 1, shape) for name, shape in shapes.items()})
+def test_opset_is_raised_only_where_bits_are_packed():
+    eight = onnx_lwdf.compress(residual(), activation_bits="float", format="packed", **FAST)
+    assert eight.model.opset_import[0].version == 17
+    six = onnx_lwdf.compress(residual(), weight_bits=6, activation_bits="float", format="packed", **FAST)
+    assert (six.model.opset_import[0].version, six.model.ir_version) == (18, 8)
+    assert six.report.warnings == ("opset raised from 17 to 18, which format packed needs",)
 
 
-@pytest.mark.parametrize("method", ["auto", "rtn", "squant", "gptq"])
-def test_no_pair_of_codes_can_saturate(method):
-    codes = stored_codes(onnx_lwdf.compress(all_of_one_sign(), method=method, **FAST).model)
-    assert len(codes) == 3
-    assert max(worst_pair(array) for array in codes.values()) <= 128
-    free = stored_codes(onnx_lwdf.compress(all_of_one_sign(), method=method, target="x86-vnni", **FAST).model)
-    assert max(worst_pair(array) for array in free.values()) > 128
-
-
-def test_weight_only_is_folded_at_load_and_keeps_opset_and_ir(tmp_path):
-    source = residual()
-    source.ir_version = 7
-    source.opset_import[0].version = 12
-    model = onnx_lwdf.compress(source, activation_bits="float", bits=6, **FAST).model
-    onnx.checker.check_model(model, full_check=True)
-    assert (model.ir_version, model.opset_import[0].version) == (7, 12)
-    kernels = optimized(model, tmp_path)
-    assert "Cast" not in kernels
-    assert "Mul" not in kernels
-    assert "DequantizeLinear" not in kernels
-    feeds = samples(source)
-    assert sqnr_db(answers(source, feeds)[0], answers(model, feeds)[0]) > 20
-    assert set(FORMATS) == {"qdq", "dense", "folded"}
-
-
-def test_a_convolution_that_is_the_output_keeps_the_output_name():
-    text = """
-    <ir_version: 8, opset_import: ["" : 17]>
-    net (float[N,3,8,8] x) => (float[N,2,8,8] y, float[N,4,8,8] b) {
-        a = Conv <pads = [1,1,1,1]> (x, w0)
-        b = Relu (a)
-        y = Conv (b, w1)
-    }
-    """
-    rng = np.random.default_rng(0)
-    source = with_weights(text, {"w0": rng.normal(size=(4, 3, 3, 3)), "w1": rng.normal(size=(2, 4, 1, 1))})
-    model = onnx_lwdf.compress(source, **FAST).model
-    assert [value.name for value in model.graph.output] == ["y", "b"]
-    feeds = samples(source)
-    for exact, answer in zip(answers(source, feeds), answers(model, feeds), strict=True):
-        assert sqnr_db(exact, answer) > 20
-
-
-def test_a_transposed_convolution_stays_float_with_integers_and_is_stored_small_without():
-    text = """
-    <ir_version: 8, opset_import: ["" : 17]>
-    net (float[N,3,8,8] x) => (float[N,2,16,16] y) {
-        a = Conv <pads = [1,1,1,1]> (x, w0)
-        b = Relu (a)
-        y = ConvTranspose <strides = [2,2]> (b, w1)
-    }
-    """
-    rng = np.random.default_rng(0)
-    source = with_weights(text, {"w0": rng.normal(size=(4, 3, 3, 3)), "w1": rng.normal(size=(4, 2, 2, 2))})
-    report = onnx_lwdf.compress(source, **FAST).report
-    assert [(layer.op, layer.status) for layer in report.layers] == [("Conv", "compressed"), ("ConvTranspose", "kept")]
-    small = onnx_lwdf.compress(source, activation_bits="float", **FAST)
-    assert {layer.status for layer in small.report.layers} == {"compressed"}
-    feeds = samples(source)
-    assert sqnr_db(answers(source, feeds)[0], answers(small.model, feeds)[0]) > 30
-
-
-def test_a_tiny_channel_with_a_large_bias_does_not_overflow():
-    source = residual()
-    for tensor in source.graph.initializer:
-        array = numpy_helper.to_array(tensor).copy()
-        if tensor.name == "w3":
-            array[0] = 1e-12
-        if tensor.name == "wb3":
-            array[0] = 3.0
-        tensor.CopyFrom(numpy_helper.from_array(array, tensor.name))
-    model = onnx_lwdf.compress(source, **FAST).model
-    feeds = samples(source)
-    assert sqnr_db(answers(source, feeds)[0], answers(model, feeds)[0]) > 15
-
-
-def test_arm_files_fuse_where_int8_activations_are_native(tmp_path):
-    """On x86 onnxruntime rewrites int8 activations unless it is told not to; on ARM it never does."""
-    model = onnx_lwdf.compress(residual(), target="arm", **FAST).model
-    options = ort.SessionOptions()
-    options.add_session_config_entry("session.qdqisint8allowed", "1")
-    options.optimized_model_filepath = str(tmp_path / "optimized.onnx")
-    options.log_severity_level = 3
-    ort.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
-    kernels = [node.op_type for node in onnx.load(tmp_path / "optimized.onnx").graph.node]
-    assert kernels.count("QLinearConv") == 4
-    assert kernels.count("QLinearAdd") == 1
-
-
-def test_tensorrt_files_have_int8_activations_with_zero_point_zero():
-    model = onnx_lwdf.compress(residual(), target="tensorrt", **FAST).model
-    values = {tensor.name: numpy_helper.to_array(tensor) for tensor in model.graph.initializer}
-    zero_points = [values[node.input[2]] for node in model.graph.node if node.op_type == "QuantizeLinear"]
-    assert zero_points
-    assert all(zero.dtype == np.int8 and zero == 0 for zero in zero_points)
+def test_a_mixed_file_keeps_a_float_weight_float():
+    graph = Graph(wide())
+    layers, _ = find_layers(graph)
+    stored = [_stored(graph, layer, INTEGER if layer.weight == "w3" else FLOAT, {}) for layer in layers]
+    emit.emit(graph, FORMATS["folded"].store, stored, [], {}, signed=False)
+    graph.commit()
+    assert [node.op_type for node in graph.model.graph.node].count("Mul") == 1
+    feeds = samples(graph.model)
+    assert sqnr_db(answers(wide(), feeds)[0], answers(graph.model, feeds)[0]) > 20
