@@ -26,10 +26,10 @@ from onnx_lwdf.errors import OptionError
         ({"nm": (4, 4)}, "nm is 4:4; N must be at least 1 and below M"),
         ({"nm": (0, 4)}, "nm is 0:4"),
         ({"sparsity": 0.5, "method": "gptq"}, "'gptq' does not prune; use auto or one of magnitude, obs"),
-        ({"weight_bits": None}, "activations are quantized only where the weights are"),
+        ({"weight_bits": None}, "integer activations need integer weights"),
         ({"weight_bits": None, "activation_bits": None, "bits_for": {"x": 4}}, "give --bits"),
         ({"format": "dense", "activation_bits": None}, "stores float weights"),
-        ({"format": "folded", "weight_bits": None, "activation_bits": None}, "stores rounded weights"),
+        ({"format": "folded", "weight_bits": None, "activation_bits": None}, "stores integer weights"),
         ({"format": "sparse-initializer"}, "float activations"),
         ({"format": "dense", "activation_bits": None}, "float weights"),
         ({"seed": -1}, "seed is -1"),
@@ -42,10 +42,6 @@ from onnx_lwdf.errors import OptionError
         ({"input_shape": {"x": (1, 0)}}, "at least 1"),
         ({"channels": 1.0}, "channels is 1"),
         ({"channels": -0.5}, "below 1"),
-        ({"weight_bits": None}, "only where the weights are"),
-        ({"weight_bits": None, "activation_bits": None, "bits_for": {"a": 4}}, "bits-for"),
-        ({"weight_bits": None, "activation_bits": None, "format": "folded"}, "stores rounded weights"),
-        ({"activation_bits": None, "format": "dense"}, "stores float weights"),
         ({"samples": 0}, "samples is 0"),
         ({"jobs": 0}, "jobs is 0"),
     ],
@@ -61,7 +57,7 @@ def test_what_a_configuration_means():
     assert Config(weight_bits=6, activation_bits=8).bits_name == "w6a8"
     assert Config(weight_bits=6, activation_bits=None).bits_name == "w6"
     pruned = Config(weight_bits=None, activation_bits=None, sparsity=0.5)
-    assert (pruned.stored_format, pruned.bits_name) == ("dense", "s50")
+    assert (pruned.stored_format, pruned.bits_name) == ("sparse", "s50")
     assert Config(sparsity=0.125).bits_name == "w8a8.s12.5"
     assert Config(nm=(2, 4)).bits_name == "w8a8.2of4"
     assert Config(sparsity_for={"x": 0.5}).prunes
@@ -80,11 +76,12 @@ def test_the_recorded_options_do_not_depend_on_the_machine():
 
 @pytest.mark.parametrize("name", ["qdq", "folded", "packed"])
 def test_formats_of_codes_refuse_float_weights(name):
-    activations = FORMATS[name].activations[0]
-    assert "stores integer weights" in (refusal(name, FLOAT, activations) or "")
+    for activations in FORMATS[name].activations:
+        assert "integer weights" in (refusal(name, FLOAT, activations) or "")
 
 
 def test_float_weights_go_with_float_activations():
-    assert automatic(FLOAT, FLOAT) == "sparse"
+    assert automatic(FLOAT, FLOAT, zeros=True) == "sparse"
+    assert automatic(FLOAT, FLOAT, zeros=False) == "dense"
     assert refusal("sparse", FLOAT, FLOAT) is None
     assert "integer weights" in (refusal("sparse", FLOAT, INTEGER) or "")

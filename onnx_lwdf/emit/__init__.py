@@ -61,12 +61,12 @@ def automatic(weights: str, activations: str, zeros: bool) -> str:
 def refusal(name: str, weights: str, activations: str) -> str | None:
     """Why the format cannot store these kinds of weights and activations, with what to do; None where it can."""
     form = FORMATS[name]
+    if (weights, activations) == (FLOAT, INTEGER):
+        return "integer activations need integer weights; give --bits or --weight-bits"
     if activations not in form.activations:
         return f"format {name!r} stores {form.activations[0]} activations; change --format or --activation-bits"
     if weights not in form.weights:
         return f"format {name!r} stores {form.weights[0]} weights; change --format or --weight-bits"
-    if (weights, activations) == (FLOAT, INTEGER):
-        return "integer activations need integer weights; change --weight-bits or use --activation-bits float"
     return None
 
 
