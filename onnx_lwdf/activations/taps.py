@@ -57,34 +57,52 @@ class Moments:
 
 
 class _Sums:
-    """Sums over chunks of each one's mean and second moments, and of its covariance and the square of that."""
+    """Sums over chunks: of the second moments, and of the squared correlations within each chunk.
 
-    def __init__(self) -> None:
-        self.chunks = 0
-        self.mean = self.power = self.covariance = self.square = np.zeros(())
+    Correlations are covariances in units of the first chunk's deviations: one unit for all chunks, and one matrix to keep.
+    """
+
+    def __init__(self, mean: F64, power: F64) -> None:
+        """The first chunk. mean [groups, in], power [groups, in, in]."""
+        spread = np.einsum("gii->gi", power) - mean**2
+        level = np.einsum("gii->gi", power)
+        live = spread > ROUNDING * np.maximum(level, level.max(1, keepdims=True))  # the others hold rounding errors
+        self._weight = 1 / np.sqrt(np.where(live, spread, np.inf))  # [groups, in]
+        self._means = [mean]
+        self._power = power
+        self._squares = self._squared(self._covariance(power, [mean]))
 
     def add(self, mean: F64, power: F64) -> None:
-        covariance = power - mean[:, :, None] * mean[:, None, :]
-        self.chunks += 1
-        self.mean, self.power = self.mean + mean, self.power + power
-        self.covariance, self.square = self.covariance + covariance, self.square + covariance**2
+        self._squares += self._squared(self._covariance(power, [mean]))
+        self._means.append(mean)
+        self._power += power
 
     def moments(self) -> Moments:
-        mean, hessian = self.mean / self.chunks, self.power / self.chunks
-        return Moments(mean, hessian, self._doubt(np.einsum("gii->gi", hessian)))
+        chunks = len(self._means)
+        hessian = self._power / chunks
+        return Moments(np.mean(self._means, axis=0), hessian, self._doubt(hessian))
 
-    def _doubt(self, power: F64) -> F64:
-        """[groups]: summed variance of the correlations over their summed squares. power [groups, in]."""
-        if self.chunks == 1:
-            return np.full(len(power), UNKNOWN_DOUBT)
-        covariance = self.covariance / self.chunks
-        variance = np.maximum(self.square / self.chunks - covariance**2, 0.0) / (self.chunks - 1)  # of the mean
-        diagonal = np.einsum("gii->gi", covariance)
-        live = diagonal > ROUNDING * np.maximum(power, power.max(1, keepdims=True))  # the others hold rounding errors
-        unit = np.where(live, diagonal, np.inf)
-        weight = (1 / unit)[:, :, None] * (1 / unit)[:, None, :] * ~np.eye(power.shape[1], dtype=bool)
-        chance, found = (variance * weight).sum((1, 2)), (covariance**2 * weight).sum((1, 2))
+    def _doubt(self, hessian: F64) -> F64:
+        """[groups]: summed variance of the mean correlations over their summed squares."""
+        chunks = len(self._means)
+        if chunks == 1:
+            return np.full(len(hessian), UNKNOWN_DOUBT)
+        found = self._squared(self._covariance(hessian, self._means))
+        chance = np.maximum(self._squares / chunks - found, 0.0) / (chunks - 1)
         return np.clip(chance / np.where(found > 0, found, np.inf), 0.0, 1.0)
+
+    @staticmethod
+    def _covariance(power: F64, means: Sequence[F64]) -> F64:
+        """Within chunks of these means, [groups, in, in]."""
+        stacked = np.stack(means, axis=1)  # [groups, chunks, in]
+        return power - stacked.swapaxes(1, 2) @ stacked / len(means)
+
+    def _squared(self, covariance: F64) -> F64:
+        """[groups]: the sum of the squared correlations off the diagonal; `covariance` is consumed."""
+        np.einsum("gii->gi", covariance)[...] = 0
+        covariance *= self._weight[:, :, None]
+        covariance *= self._weight[:, None, :]
+        return np.einsum("gij,gij->g", covariance, covariance)
 
 
 @dataclass(frozen=True, slots=True)
@@ -180,7 +198,10 @@ def _run(
         for name, tap in layers.items():
             x = tap.decode(answers.pop(tap.output))  # [groups, in, positions]
             mean, power = x.sum(-1, dtype=np.float64), (x @ x.transpose(0, 2, 1)).astype(np.float64)
-            sums.setdefault(name, _Sums()).add(mean / x.shape[-1], power / x.shape[-1])
+            if name in sums:
+                sums[name].add(mean / x.shape[-1], power / x.shape[-1])
+            else:
+                sums[name] = _Sums(mean / x.shape[-1], power / x.shape[-1])
         for name, tap in tensors.items():
             values[name].append(tap.decode(answers.pop(tap.output))[0])
     moments = {name: found.moments() for name, found in sums.items()}
