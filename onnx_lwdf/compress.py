@@ -25,6 +25,7 @@ from onnx_lwdf.precondition.channels import find_groups
 from onnx_lwdf.precondition.fold import fold
 from onnx_lwdf.precondition.transform import transform_groups
 from onnx_lwdf.pruning import plan_pruning, share_budget
+from onnx_lwdf.recalibration import recalibrate
 from onnx_lwdf.runtime import copy_of
 from onnx_lwdf.sites import find_sites
 from onnx_lwdf.statistics import Statistics, origin
@@ -92,15 +93,16 @@ def compress_model(source: Source, config: Config, on_layer: OnLayer) -> Compres
     samples = synthesize(graph.model, layers, tensors, prepared.statistics, chunks, config)
     on_layer(Progress("synthesize", "", 1, 1))
 
-    floating, pruned = graph.snapshot(), Pruned(layers, samples, {}, {})
+    floating, pruned = graph.snapshot(), Pruned(layers, samples, prepared.statistics, {}, {})
     if config.channels:
-        pruned = prune_channels(graph, layers, samples, chunks[0], config.channels, config.jobs)
+        pruned = prune_channels(graph, layers, samples, prepared.statistics, chunks[0], config.channels, config.jobs)
         layers, samples = pruned.layers, pruned.samples
         groups = find_groups(graph, layers)
         prepared = replace(prepared, pruning=plan_pruning(graph, layers, prepared.skipped, config))  # widths changed
         on_layer(Progress("channels", "", 1, 1))
     rng = np.random.default_rng([config.seed, 3])
-    samples = transform_groups(graph, groups, prepared.plan, samples, rng)
+    statistics = {} if config.source == "data" else pruned.statistics
+    samples, statistics = transform_groups(graph, groups, prepared.plan, samples, statistics, rng)
     reference = floating if config.weight_bits is None else graph.snapshot()
     on_layer(Progress("precondition", "", 1, 1))
 
@@ -110,6 +112,10 @@ def compress_model(source: Source, config: Config, on_layer: OnLayer) -> Compres
     for answer in solve_layers(graph, layers, prepared.plan, pruning, grids, samples, config):
         solved.append(answer)
         on_layer(Progress("solve", answer.layer.name, len(solved), len(layers)))
+
+    if config.source != "gaussian":  # its draws follow no input, so nothing can be run twice
+        solved = recalibrate(graph, solved, statistics, chunks)
+        on_layer(Progress("recalibrate", "", 1, 1))
 
     signed = TARGETS[config.target].signed_activations
     outputs = {layer.name: layer.output for layer in layers}  # by the names that they have in the float model
@@ -174,7 +180,7 @@ def _stored(graph: Graph, answer: Solved) -> Stored:
         codes = from_canonical(layer, solution.rounding.codes, weight.shape)
         scale = solution.rounding.scale.astype(np.float32).ravel()
         rounded = Rounded(codes, scale, output_axis(layer), answer.bits.weight)
-    return Stored(layer, values, rounded, answer.bias, answer.grid)
+    return Stored(layer, values, rounded, answer.stored_bias, answer.grid)
 
 
 def _verification(inputs: Sequence[InputSpec], config: Config) -> list[dict[str, np.ndarray]]:

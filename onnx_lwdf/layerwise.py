@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 from threadpoolctl import threadpool_limits
@@ -21,6 +21,7 @@ from onnx_lwdf.activations.inputs import InputSpec
 from onnx_lwdf.activations.taps import Moments, Samples
 from onnx_lwdf.config import TARGETS, Config
 from onnx_lwdf.graph import Graph
+from onnx_lwdf.grid import storable
 from onnx_lwdf.layers import Bits, Layer, Pruning, bias_of, weight_of
 from onnx_lwdf.ranges import ActivationGrid, grid_for, search_grid
 from onnx_lwdf.sites import Site
@@ -43,8 +44,27 @@ class Solved:
     bits: Bits
     method: str
     solution: LayerSolution
-    bias: F64  # [out of all groups]
+    bias: F64  # [out of all groups], for float inputs
+    drift: F64  # [out of all groups], mean of what the grid of the input adds to the output
     grid: ActivationGrid | None  # of its input
+
+    @property
+    def stored_bias(self) -> F64:
+        """The bias, [out of all groups], that takes up the mean error of the weight and of the input's grid."""
+        return self.bias - self.drift
+
+    def scaled(self, factor: F64, shift: F64) -> Solved:
+        """The answer whose outputs are factor y + shift; both [out of all groups]."""
+        solution, rounding = self.solution, self.solution.rounding
+        rows = factor.reshape(solution.weight.shape[:2])
+        if rounding is None:
+            changed = replace(solution, weight=solution.weight * rows[..., None])
+        else:
+            scale = storable(rounding.scale * rows, np.zeros(rows.shape))
+            changed = replace(
+                solution, weight=scale[..., None] * rounding.codes, rounding=replace(rounding, scale=scale)
+            )
+        return replace(self, solution=changed, bias=factor * self.bias + shift, drift=factor * self.drift)
 
 
 def choose_grids(
@@ -171,8 +191,10 @@ def patch_moments(layer: Layer, moments: Moments, around_mean: bool) -> tuple[F6
 
 
 def _settle(task: _Task, solution: LayerSolution) -> Solved:
-    correction = mean_correction(task.problem.weight, solution.weight, task.mean, task.stored_mean)  # [groups, out]
-    return Solved(task.layer, task.bits, task.method, solution, task.bias + correction.ravel(), task.grid)
+    correction = mean_correction(task.problem.weight, solution.weight, task.mean, task.mean)  # [groups, out]
+    drift = -mean_correction(solution.weight, solution.weight, task.mean, task.stored_mean)
+    bias = task.bias + correction.ravel()
+    return Solved(task.layer, task.bits, task.method, solution, bias, drift.ravel(), task.grid)
 
 
 def _mean_shift(grid: ActivationGrid, values: np.ndarray, shape: tuple[int, ...], kernel: int) -> F64:

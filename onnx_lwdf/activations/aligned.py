@@ -20,15 +20,25 @@ SMALLEST_SHARE = 1e-6
 
 def align(graph: Graph, tensor: str, known: ChannelStatistics, shape: tuple[int, ...]) -> str:
     """Behind the tensor [N, C, ...]: its channels normalized by the batch, then given the known statistics."""
-    axes = [0, *range(2, len(shape))]
+    mean, variance = batch_statistics(graph, tensor, len(shape))
+    scale = graph.add_constant("align.deviation", known.deviation.astype(np.float32))
+    shift = graph.add_constant("align.mean", known.mean.astype(np.float32))
+    return normalize(graph, tensor, mean, variance, shift, scale)
+
+
+def batch_statistics(graph: Graph, tensor: str, rank: int) -> tuple[str, str]:
+    """Tensors [C] that hold the mean and the variance of each channel of [N, C, ...] over the batch."""
+    axes = [0, *range(2, rank)]
     mean = _reduce(graph, "ReduceMean", tensor, axes)  # [C]
     square = graph.add("Mul", [tensor, tensor], "align")
     power = _reduce(graph, "ReduceMean", square, axes)
     spread = graph.add("Sub", [power, graph.add("Mul", [mean, mean], "align")], "align")
     floor = graph.add("Mul", [power, graph.add_constant("align.share", np.float32(SMALLEST_SHARE))], "align")
-    variance = graph.add("Max", [spread, floor], "align")
-    scale = graph.add_constant("align.deviation", known.deviation.astype(np.float32))
-    shift = graph.add_constant("align.mean", known.mean.astype(np.float32))
+    return mean, graph.add("Max", [spread, floor], "align")
+
+
+def normalize(graph: Graph, tensor: str, mean: str, variance: str, shift: str, scale: str) -> str:
+    """The tensor's channels, which have this mean and variance, with the mean `shift` and the deviation `scale`."""
     return graph.add("BatchNormalization", [tensor, scale, shift, mean, variance], "align", epsilon=1e-12)
 
 

@@ -21,6 +21,7 @@ from onnx_lwdf.errors import ModelError
 from onnx_lwdf.graph import Graph
 from onnx_lwdf.layers import Layer, output_channels, weight_of
 from onnx_lwdf.solvers.problem import F64
+from onnx_lwdf.statistics import ChannelStatistics, Statistics
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,12 +30,19 @@ class Pruned:
 
     layers: Sequence[Layer]
     samples: Samples
+    statistics: Statistics
     kept: Mapping[str, Mask]  # tensor -> [channels] as they were, which of them remain
     notes: Mapping[str, str]  # layer name -> what happened to its channels, or why nothing did
 
 
 def prune_channels(
-    graph: Graph, layers: Sequence[Layer], samples: Samples, feed: Feed, share: float, jobs: int | None = None
+    graph: Graph,
+    layers: Sequence[Layer],
+    samples: Samples,
+    statistics: Statistics,
+    feed: Feed,
+    share: float,
+    jobs: int | None = None,
 ) -> Pruned:
     """Remove this share of all channels that can go, those of least predicted error.
 
@@ -70,7 +78,12 @@ def prune_channels(
     done, smaller = cut(graph, layers, samples, ties, spreads, remaining)
     stay = {int(unit): group.reason for group in groups if group.reason for unit in group.units}
     notes = {item.layer.name: _note(item, before[item.layer.name], _reason(item.layer, ties, stay)) for item in done}
-    return Pruned([item.layer for item in done], smaller, remaining, notes)
+    known = {name: _only(value, remaining.get(name)) for name, value in statistics.items()}
+    return Pruned([item.layer for item in done], smaller, known, remaining, notes)
+
+
+def _only(value: ChannelStatistics, kept: Mask | None) -> ChannelStatistics:
+    return value if kept is None else ChannelStatistics(value.mean[kept], value.deviation[kept])
 
 
 def _eliminate_all(

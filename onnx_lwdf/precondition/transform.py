@@ -32,6 +32,7 @@ from onnx_lwdf.precondition.channels import ChannelGroup
 from onnx_lwdf.ranges import search_grid
 from onnx_lwdf.solvers.gptq import conditional_variances
 from onnx_lwdf.solvers.problem import F64
+from onnx_lwdf.statistics import ChannelStatistics, Statistics
 
 GEODESIC = (0.0, 0.25, 0.5)
 RIDGE = 1e-3  # of the largest eigenvalue: directions that hardly occur are not stretched without end
@@ -50,9 +51,14 @@ class Transform:
 
 
 def transform_groups(
-    graph: Graph, groups: Sequence[ChannelGroup], plan: Mapping[str, Bits], samples: Samples, rng: np.random.Generator
-) -> Samples:
-    """Transform every channel group where that lowers the predicted error; the samples, transformed with it."""
+    graph: Graph,
+    groups: Sequence[ChannelGroup],
+    plan: Mapping[str, Bits],
+    samples: Samples,
+    statistics: Statistics,
+    rng: np.random.Generator,
+) -> tuple[Samples, Statistics]:
+    """Transform every channel group where that lowers the predicted error; the samples and statistics with it."""
     for group in groups:
         if any(plan[layer.name].activation is None for layer in group.consumers):
             continue
@@ -61,7 +67,8 @@ def transform_groups(
         best = int(np.argmin(errors))
         if best and errors[best] < CLEAR_GAIN * errors[0]:
             samples = _apply(graph, group, samples, candidates[best])
-    return samples
+            statistics = _transformed_statistics(statistics, group, candidates[best])
+    return samples, statistics
 
 
 def _identity(group: ChannelGroup) -> Transform:
@@ -220,6 +227,22 @@ def _transformed_moments(moments: Moments, transform: Transform, tensor: str) ->
     centered = hessian - np.outer(shift, mean) - np.outer(mean, shift) + np.outer(shift, shift)
     full = np.kron(np.eye(kernel), transform.matrix)
     return Moments((full @ (mean - shift))[None], (full @ centered @ full.T)[None], moments.doubt)
+
+
+def _transformed_statistics(statistics: Statistics, group: ChannelGroup, transform: Transform) -> Statistics:
+    """A diagonal transform scales them; of mixed channels the deviations are not known."""
+    scale = np.diag(transform.matrix)
+    inside = statistics.keys() & set(group.tensors)
+    others = {name: value for name, value in statistics.items() if name not in inside}
+    if np.count_nonzero(transform.matrix) > len(scale):
+        return others
+    zero = np.zeros(group.channels)
+    return others | {
+        name: ChannelStatistics(
+            scale * (statistics[name].mean - transform.shift.get(name, zero)), scale * statistics[name].deviation
+        )
+        for name in inside
+    }
 
 
 def _apply(graph: Graph, group: ChannelGroup, samples: Samples, transform: Transform) -> Samples:

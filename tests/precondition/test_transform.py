@@ -84,7 +84,7 @@ def test_transforms_keep_the_function_and_are_taken(bits):
     feeds, before = samples(model), answers(model, samples(model))
     graph, _, groups, plan, seen = prepared(model, bits)
     weights = {t.name: numpy_helper.to_array(t) for t in graph.snapshot().graph.initializer}
-    transform.transform_groups(graph, groups, plan, seen, np.random.default_rng(0))
+    transform.transform_groups(graph, groups, plan, seen, {}, np.random.default_rng(0))
     after = graph.snapshot()
     changed = [
         t.name for t in after.graph.initializer if not np.array_equal(numpy_helper.to_array(t), weights.get(t.name))
@@ -96,7 +96,7 @@ def test_transforms_keep_the_function_and_are_taken(bits):
 
 def test_samples_follow_the_transform():
     graph, layers, groups, plan, seen = prepared(bottleneck(), 4)
-    moved = transform.transform_groups(graph, groups, plan, seen, np.random.default_rng(0))
+    moved, _ = transform.transform_groups(graph, groups, plan, seen, {}, np.random.default_rng(0))
     after = graph.snapshot()
     feeds = samples(after, 64)
     layer = next(layer for layer in layers if layer.input == "s")
@@ -111,5 +111,5 @@ def test_the_identity_is_kept_where_nothing_is_gained(monkeypatch):
     graph, _, groups, plan, seen = prepared(bottleneck(), 8)
     before = graph.snapshot().SerializeToString(deterministic=True)
     monkeypatch.setattr(transform, "CLEAR_GAIN", 0.0)
-    assert transform.transform_groups(graph, groups, plan, seen, np.random.default_rng(0)) is seen
+    assert transform.transform_groups(graph, groups, plan, seen, {}, np.random.default_rng(0))[0] is seen
     assert graph.snapshot().SerializeToString(deterministic=True) == before

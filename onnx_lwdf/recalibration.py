@@ -1,0 +1,144 @@
+"""Every channel of the compressed network gets back the mean and the deviation that it has in the float network.
+
+Layers are solved on their own, on float inputs. Behind many of them errors add up, and the channels' distributions
+drift. With real data one would estimate the BatchNormalizations anew; here both networks run on the same samples, each
+with its channels normalized behind every layer, so that a layer meets inputs whose means and deviations were put right
+already. From the mean m and variance v of what the layer puts out, float (f) and compressed (c),
+
+    y' = a y + m_f - a m_c,    a = sqrt(v_f / v_c)
+
+which moves into the layer: its scales and values times a, its bias a b + m_f - a m_c.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import onnx
+import onnxruntime as ort
+
+from onnx_lwdf.activations.aligned import batch_statistics, normalize
+from onnx_lwdf.activations.taps import Feed, tensor_shapes
+from onnx_lwdf.graph import Graph
+from onnx_lwdf.layers import find_layers, set_bias, set_weight
+from onnx_lwdf.layerwise import Solved
+from onnx_lwdf.runtime import Array, open_session, run
+from onnx_lwdf.statistics import F64, Statistics
+
+FEWEST_POSITIONS = 4  # of one sample: the deviation of a few values says nothing
+MOST_CHANGED = 2.0  # of a deviation, up or down: beyond, the channel is noise
+DEAD = 1e-6  # of the mean square: a smaller variance is float32's rounding
+
+
+@dataclass(frozen=True, slots=True)
+class _Pass:
+    """One network with the statistics of its layers as outputs."""
+
+    model: onnx.ModelProto
+    measured: Mapping[str, tuple[str, str]]  # tensor -> the tensors that hold its mean and variance
+    fed: Mapping[str, tuple[str, str]]  # tensor -> the inputs that say what mean and deviation it goes on with
+
+
+def recalibrate(graph: Graph, solved: Sequence[Solved], statistics: Statistics, chunks: Sequence[Feed]) -> list[Solved]:
+    """The answers with every convolution's channels as they are in the float network. `graph` holds that, unchanged.
+
+    `statistics` are what tensors of the float network are known to have; the others have what they have on the chunks.
+    """
+    inner = [answer.layer for answer in solved if answer.layer.window and answer.layer.output not in graph.outputs]
+    known = {name: value for name, value in statistics.items() if name not in graph.outputs}
+    shapes = tensor_shapes(graph.model, [*(layer.output for layer in inner), *known], chunks[0])
+    chosen = [layer.output for layer in inner if math.prod(shapes[layer.output][2:]) >= FEWEST_POSITIONS]
+    if not chosen:
+        return list(solved)
+    ranks = {name: len(shape) for name, shape in shapes.items()}
+    exact = _pass(graph, chosen, ranks, known, fed=False)
+    compressed = _pass(_compressed(graph, solved), chosen, ranks, known, fed=True)
+    before, after = _totals(exact, compressed, known, chunks)
+    return [
+        _changed(answer, *before[answer.layer.output], *after[answer.layer.output])
+        if answer.layer.output in before
+        else answer
+        for answer in solved
+    ]
+
+
+def _compressed(graph: Graph, solved: Sequence[Solved]) -> Graph:
+    """A copy of the float network with the solved weights, activations in float."""
+    twin = Graph(graph.snapshot())
+    twins = {layer.name: layer for layer in find_layers(twin)[0]}
+    for answer in solved:
+        set_weight(twin, twins[answer.layer.name], answer.solution.weight)
+        set_bias(twin, twins[answer.layer.name], answer.bias)
+    return Graph(twin.snapshot())
+
+
+def _pass(graph: Graph, chosen: Sequence[str], ranks: Mapping[str, int], known: Statistics, fed: bool) -> _Pass:
+    """The network with every chosen or known tensor normalized; where nothing is known, to what `fed` inputs say."""
+    probe = Graph(graph.snapshot())
+    measured: dict[str, tuple[str, str]] = {}
+    inputs: dict[str, tuple[str, str]] = {}
+    for tensor in dict.fromkeys([*chosen, *known]):
+        readers = list(probe.consumers[tensor])
+        mean, variance = batch_statistics(probe, tensor, ranks[tensor])
+        if tensor in chosen:
+            measured[tensor] = mean, variance
+        if tensor in known:
+            shift = probe.add_constant("recalibration.mean", known[tensor].mean.astype(np.float32))
+            scale = probe.add_constant("recalibration.deviation", known[tensor].deviation.astype(np.float32))
+        elif fed:
+            shift, scale = inputs[tensor] = probe.unique("recalibration.mean"), probe.unique("recalibration.deviation")
+        else:
+            continue  # the float network goes on as it is
+        aligned = normalize(probe, tensor, mean, variance, shift, scale)
+        for reader in readers:
+            for index, name in enumerate(reader.input):
+                if name == tensor:
+                    probe.connect(reader, index, aligned)
+    model = probe.model
+    del model.graph.output[:]
+    probe.outputs = [name for pair in measured.values() for name in pair]
+    model.graph.output.extend(onnx.helper.make_empty_tensor_value_info(name) for name in probe.outputs)
+    for pair in inputs.values():
+        for name in pair:
+            model.graph.input.append(onnx.helper.make_tensor_value_info(name, onnx.TensorProto.FLOAT, [None]))
+    probe.commit()
+    return _Pass(model, measured, inputs)
+
+
+Totals = Mapping[str, tuple[F64, F64]]  # tensor -> mean and variance [channels], over the chunks
+
+
+def _totals(exact: _Pass, compressed: _Pass, known: Statistics, chunks: Sequence[Feed]) -> tuple[Totals, Totals]:
+    sessions = [open_session(one.model, arena=False) for one in (exact, compressed)]
+    before: dict[str, tuple[F64, F64]] = {}
+    after: dict[str, tuple[F64, F64]] = {}
+    for chunk in chunks:
+        found = _measure(sessions[0], exact, chunk)
+        targets: dict[str, Array] = {}
+        for tensor, names in compressed.fed.items():
+            mean, variance = found[tensor]
+            targets |= {names[0]: mean.astype(np.float32), names[1]: np.sqrt(variance).astype(np.float32)}
+        for total, values in ((before, found), (after, _measure(sessions[1], compressed, {**chunk, **targets}))):
+            for tensor, (mean, variance) in values.items():
+                old = total.get(tensor, (np.zeros(()), np.zeros(())))
+                total[tensor] = old[0] + mean / len(chunks), old[1] + variance / len(chunks)
+    return before, after
+
+
+def _measure(session: ort.InferenceSession, one: _Pass, feed: Mapping[str, Array]) -> dict[str, tuple[F64, F64]]:
+    names = [name for pair in one.measured.values() for name in pair]
+    wanted = {value.name for value in session.get_inputs()}
+    answers = run(session, {name: value for name, value in feed.items() if name in wanted}, names)
+    values = dict(zip(names, (value.astype(np.float64) for value in answers), strict=True))
+    return {tensor: (values[mean], values[variance]) for tensor, (mean, variance) in one.measured.items()}
+
+
+def _changed(answer: Solved, mean: F64, variance: F64, mean_now: F64, variance_now: F64) -> Solved:
+    """The answer with the channels' factors and shifts in it; all [channels]."""
+    alive = (variance > DEAD * (variance + mean**2)) & (variance_now > DEAD * (variance_now + mean_now**2))
+    ratio = np.sqrt(np.divide(variance, variance_now, out=np.ones_like(variance), where=alive))
+    factor = np.clip(ratio, 1 / MOST_CHANGED, MOST_CHANGED)
+    return answer.scaled(factor, mean - factor * mean_now)
