@@ -10,8 +10,10 @@ import onnx
 
 from onnx_lwdf.activations.inputs import InputSpec, read_inputs
 from onnx_lwdf.activations.sampler import draw_chunks, synthesize
+from onnx_lwdf.activations.taps import Feed
 from onnx_lwdf.channels.prune import Pruned, prune_channels
 from onnx_lwdf.channels.spread import pooled_sources
+from onnx_lwdf.channels.surgery import Mask
 from onnx_lwdf.config import TARGETS, Config
 from onnx_lwdf.emit import FORMATS, emit, oldest_opset, operators
 from onnx_lwdf.emit.stored import Rounded, Stored
@@ -25,9 +27,10 @@ from onnx_lwdf.precondition.channels import find_groups
 from onnx_lwdf.precondition.fold import fold
 from onnx_lwdf.precondition.transform import transform_groups
 from onnx_lwdf.pruning import plan_pruning, share_budget
+from onnx_lwdf.ranges import ActivationGrid
 from onnx_lwdf.recalibration import recalibrate
 from onnx_lwdf.runtime import copy_of
-from onnx_lwdf.sites import find_sites
+from onnx_lwdf.sites import Site, find_sites
 from onnx_lwdf.statistics import Statistics, origin
 from onnx_lwdf.verify import Fidelity, verify
 
@@ -79,11 +82,48 @@ class Compressed:
 def compress_model(source: Source, config: Config, on_layer: OnLayer) -> Compressed:
     """The five steps on a model that was read; the source is not changed."""
     prepared = prepare(source.model, config)
+    graph = prepared.graph
+    before = {layer.name: weight_of(graph, layer).size for layer in prepared.layers}
+    floating, chunks = graph.snapshot(), draw_chunks(prepared.inputs, config)
+
+    work = _solve(prepared, chunks, config, on_layer)
+    reference = floating if config.weight_bits is None else graph.snapshot()
+    solved = work.solved
+    if config.source != "gaussian":  # its draws follow no input, so nothing can be run twice
+        solved = recalibrate(graph, solved, work.statistics, chunks)
+        on_layer(Progress("recalibrate", "", 1, 1))
+
+    outputs = {layer.name: layer.output for layer in work.layers}  # by the names that they have in the float model
+    stored = [_stored(graph, answer) for answer in solved]
+    signed = TARGETS[config.target].signed_activations
+    sizes = emit(graph, FORMATS[config.stored_format].store, stored, work.sites, work.grids, signed)
+    graph.commit()
+
+    kept = work.kept if config.weight_bits is None else {}
+    fidelity = verify(source.model, reference, graph.model, outputs, _verification(prepared.inputs, config), kept)
+    on_layer(Progress("verify", "", 1, 1))
+    shapes = {item.layer.name: item.weight.shape for item in stored}
+    return Compressed(graph.model, work.prepared, solved, before, shapes, work.notes, sizes, fidelity)
+
+
+@dataclass(frozen=True, slots=True)
+class _Work:
+    """What the solvers found, and the float graph's state that it belongs to."""
+
+    prepared: Prepared
+    layers: Sequence[Layer]
+    statistics: Statistics
+    sites: Sequence[Site]
+    grids: Mapping[str, ActivationGrid]
+    solved: Sequence[Solved]
+    kept: Mapping[str, Mask]  # tensor -> which of its channels remain
+    notes: Mapping[str, str]
+
+
+def _solve(prepared: Prepared, chunks: Sequence[Feed], config: Config, on_layer: OnLayer) -> _Work:
+    """Synthesize, precondition by what the samples say, and solve. The samples, the largest data of all, end here."""
     graph, layers = prepared.graph, prepared.layers
-    sites = find_sites(graph, layers, prepared.plan)
-    chunks = draw_chunks(prepared.inputs, config)
-    before = {layer.name: weight_of(graph, layer).size for layer in layers}
-    groups = find_groups(graph, layers)
+    sites, groups = find_sites(graph, layers, prepared.plan), find_groups(graph, layers)
     tensors = [
         *(layer.input for layer in layers),
         *(site.tensors[0] for site in sites),
@@ -93,7 +133,7 @@ def compress_model(source: Source, config: Config, on_layer: OnLayer) -> Compres
     samples = synthesize(graph.model, layers, tensors, prepared.statistics, chunks, config)
     on_layer(Progress("synthesize", "", 1, 1))
 
-    floating, pruned = graph.snapshot(), Pruned(layers, samples, prepared.statistics, {}, {})
+    pruned = Pruned(layers, samples, prepared.statistics, {}, {})
     if config.channels:
         pruned = prune_channels(graph, layers, samples, prepared.statistics, chunks[0], config.channels, config.jobs)
         layers, samples = pruned.layers, pruned.samples
@@ -103,7 +143,6 @@ def compress_model(source: Source, config: Config, on_layer: OnLayer) -> Compres
     rng = np.random.default_rng([config.seed, 3])
     statistics = {} if config.source == "data" else pruned.statistics
     samples, statistics = transform_groups(graph, groups, prepared.plan, samples, statistics, rng)
-    reference = floating if config.weight_bits is None else graph.snapshot()
     on_layer(Progress("precondition", "", 1, 1))
 
     pruning = share_budget(graph, layers, prepared.pruning, samples, chunks[0], config)
@@ -112,23 +151,7 @@ def compress_model(source: Source, config: Config, on_layer: OnLayer) -> Compres
     for answer in solve_layers(graph, layers, prepared.plan, pruning, grids, samples, config):
         solved.append(answer)
         on_layer(Progress("solve", answer.layer.name, len(solved), len(layers)))
-
-    if config.source != "gaussian":  # its draws follow no input, so nothing can be run twice
-        solved = recalibrate(graph, solved, statistics, chunks)
-        on_layer(Progress("recalibrate", "", 1, 1))
-
-    signed = TARGETS[config.target].signed_activations
-    outputs = {layer.name: layer.output for layer in layers}  # by the names that they have in the float model
-    kept = pruned.kept if config.weight_bits is None else {}
-    stored = [_stored(graph, answer) for answer in solved]
-    sizes = emit(graph, FORMATS[config.stored_format].store, stored, sites, grids, signed)
-    graph.commit()
-
-    feeds = _verification(prepared.inputs, config)
-    fidelity = verify(source.model, reference, graph.model, outputs, feeds, kept)
-    on_layer(Progress("verify", "", 1, 1))
-    shapes = {item.layer.name: item.weight.shape for item in stored}
-    return Compressed(graph.model, prepared, solved, before, shapes, pruned.notes, sizes, fidelity)
+    return _Work(prepared, layers, statistics, sites, grids, solved, pruned.kept, pruned.notes)
 
 
 def prepare(model: onnx.ModelProto, config: Config) -> Prepared:

@@ -120,11 +120,14 @@ def solve_layers(
     config: Config,
 ) -> Iterator[Solved]:
     """Every layer's answer, in order. Layers run in parallel, each on one thread: the bytes do not depend on the jobs."""
+
+    def answer(layer: Layer) -> Solved:  # posed and solved in one go: what a problem holds lives no longer than it must
+        task = _pose(graph, layer, plan[layer.name], pruning[layer.name], grids, samples, config)
+        return _settle(task, _solve(task))
+
     with threadpool_limits(limits=1), ThreadPoolExecutor(config.jobs) as pool:
-        posed = [_pose(graph, layer, plan[layer.name], pruning[layer.name], grids, samples, config) for layer in layers]
         try:
-            for task, solution in zip(posed, pool.map(_solve, posed), strict=True):
-                yield _settle(task, solution)
+            yield from pool.map(answer, layers)
         except BaseException:
             pool.shutdown(wait=False, cancel_futures=True)
             raise

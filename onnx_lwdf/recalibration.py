@@ -56,7 +56,7 @@ def recalibrate(graph: Graph, solved: Sequence[Solved], statistics: Statistics, 
     ranks = {name: len(shape) for name, shape in shapes.items()}
     exact = _pass(graph, chosen, ranks, known, fed=False)
     compressed = _pass(_compressed(graph, solved), chosen, ranks, known, fed=True)
-    before, after = _totals(exact, compressed, known, chunks)
+    before, after = _totals(exact, compressed, chunks)
     return [
         _changed(answer, *before[answer.layer.output], *after[answer.layer.output])
         if answer.layer.output in before
@@ -111,21 +111,30 @@ def _pass(graph: Graph, chosen: Sequence[str], ranks: Mapping[str, int], known: 
 Totals = Mapping[str, tuple[F64, F64]]  # tensor -> mean and variance [channels], over the chunks
 
 
-def _totals(exact: _Pass, compressed: _Pass, known: Statistics, chunks: Sequence[Feed]) -> tuple[Totals, Totals]:
-    sessions = [open_session(one.model, arena=False) for one in (exact, compressed)]
-    before: dict[str, tuple[F64, F64]] = {}
-    after: dict[str, tuple[F64, F64]] = {}
-    for chunk in chunks:
-        found = _measure(sessions[0], exact, chunk)
-        targets: dict[str, Array] = {}
-        for tensor, names in compressed.fed.items():
-            mean, variance = found[tensor]
-            targets |= {names[0]: mean.astype(np.float32), names[1]: np.sqrt(variance).astype(np.float32)}
-        for total, values in ((before, found), (after, _measure(sessions[1], compressed, {**chunk, **targets}))):
-            for tensor, (mean, variance) in values.items():
-                old = total.get(tensor, (np.zeros(()), np.zeros(())))
-                total[tensor] = old[0] + mean / len(chunks), old[1] + variance / len(chunks)
-    return before, after
+def _totals(exact: _Pass, compressed: _Pass, chunks: Sequence[Feed]) -> tuple[Totals, Totals]:
+    """Of both networks, one after the other: two sessions at a time would hold twice the activations."""
+    session = open_session(exact.model, arena=False)
+    found = [_measure(session, exact, chunk) for chunk in chunks]
+    targets = [_targets(compressed, one) for one in found]
+    del session
+    session = open_session(compressed.model, arena=False)
+    feeds = ({**chunk, **target} for chunk, target in zip(chunks, targets, strict=True))
+    return _mean(found), _mean([_measure(session, compressed, feed) for feed in feeds])
+
+
+def _targets(compressed: _Pass, found: Totals) -> dict[str, Array]:
+    values: dict[str, Array] = {}
+    for tensor, (shift, scale) in compressed.fed.items():
+        mean, variance = found[tensor]
+        values |= {shift: mean.astype(np.float32), scale: np.sqrt(variance).astype(np.float32)}
+    return values
+
+
+def _mean(parts: Sequence[Totals]) -> Totals:
+    return {
+        name: (np.mean([part[name][0] for part in parts], axis=0), np.mean([part[name][1] for part in parts], axis=0))
+        for name in parts[0]
+    }
 
 
 def _measure(session: ort.InferenceSession, one: _Pass, feed: Mapping[str, Array]) -> dict[str, tuple[F64, F64]]:

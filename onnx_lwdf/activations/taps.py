@@ -18,7 +18,7 @@ import onnxruntime as ort
 
 from onnx_lwdf.graph import Graph
 from onnx_lwdf.layers import Layer, Window, weight_of
-from onnx_lwdf.runtime import Array, copy_of, open_session, run
+from onnx_lwdf.runtime import Array, copy_of, open_session, run, trim
 from onnx_lwdf.statistics import F64, ChannelStatistics, Statistics
 
 F32 = npt.NDArray[np.float32]
@@ -153,7 +153,9 @@ def sample(
     }
     rows = {layer.input for layer in layers if layer.window is None}
     values = {name: _value_tap(graph, aligned.get(name, name), shapes[name], name in rows, total) for name in tensors}
-    return _run(graph, taps, values, chunks, rng)
+    samples = _run(graph, taps, values, chunks, rng)
+    trim()
+    return samples
 
 
 def _replace(graph: Graph, tensor: str, align: Align, known: ChannelStatistics, shape: tuple[int, ...]) -> str:
