@@ -56,6 +56,7 @@ def compress(
     nm: tuple[int, int] | None = None,
     sparsity_for: Mapping[str, float] | None = None,
     channels: float = 0.0,
+    recalibrate: bool = True,
     exclude: Sequence[str] = (),
     input_shape: Mapping[str, Sequence[int]] | None = None,
     input_range: tuple[float, float] | None = None,
@@ -74,7 +75,8 @@ def compress(
     `bits` stands for `weight_bits` and `activation_bits` where they are not given, and is 8 where nothing else is asked
     for; `activation_bits="float"` compresses the weights alone. `sparsity` (a share of all weights), `nm` (N of every M
     input channels stay) and `sparsity_for` (a layer's own share) zero weights, `channels` (a share of all channels)
-    removes them; without any bits these round nothing.
+    removes them; without any bits these round nothing. `recalibrate` gives the channels of every convolution the means
+    and deviations back that they have in the float network.
     `on_layer` is called after each step with a `Progress`.
 
     Raises ModelError where the model cannot be read, compressed or written, OptionError where an option is wrong, and
@@ -94,6 +96,7 @@ def compress(
         nm=nm,
         sparsity_for=sparsity_for or {},
         channels=channels,
+        recalibrate=recalibrate,
         exclude=exclude,
         input_shape=input_shape or {},
         input_range=input_range,
@@ -123,6 +126,7 @@ def configure(
     nm: tuple[int, int] | None,
     sparsity_for: Mapping[str, float],
     channels: float,
+    recalibrate: bool,
     exclude: Sequence[str],
     input_shape: Mapping[str, Sequence[int]],
     input_range: Sequence[float] | None,
@@ -151,6 +155,7 @@ def configure(
         nm=None if nm is None else (nm[0], nm[1]),
         sparsity_for=dict(sparsity_for),
         channels=channels,
+        recalibrate=recalibrate,
         exclude=tuple(exclude),
         input_shape={name: tuple(shape) for name, shape in input_shape.items()},
         input_range=None if input_range is None else (input_range[0], input_range[1]),

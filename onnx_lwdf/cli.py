@@ -221,6 +221,12 @@ _SOME_BITS = click.IntRange(BITS.start, BITS.stop - 1)
     metavar="PATTERN=F",
     help="Share of the layers whose name or operator matches a glob; repeatable.",
 )
+@click.option(
+    "--recalibrate/--no-recalibrate",
+    default=True,
+    show_default=True,
+    help="Give every channel the mean and deviation back that it has in the float network.",
+)
 @click.option("-x", "--exclude", multiple=True, metavar="PATTERN", help="Leave these layers alone; repeatable.")
 @click.option(
     "--input-shape",

@@ -89,7 +89,7 @@ def compress_model(source: Source, config: Config, on_layer: OnLayer) -> Compres
     work = _solve(prepared, chunks, config, on_layer)
     reference = floating if config.weight_bits is None else graph.snapshot()
     solved = work.solved
-    if config.source != "gaussian":  # its draws follow no input, so nothing can be run twice
+    if config.recalibrate and config.source != "gaussian":  # whose draws follow no input: nothing can be run twice
         solved = recalibrate(graph, solved, work.statistics, chunks)
         on_layer(Progress("recalibrate", "", 1, 1))
 

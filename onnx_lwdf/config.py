@@ -49,6 +49,7 @@ class Config:
     nm: tuple[int, int] | None = None  # N of every M consecutive input channels stay
     sparsity_for: Mapping[str, float] = field(default_factory=dict)  # glob on node name or op type -> share
     channels: float = 0.0  # share of the channels that can go, which goes
+    recalibrate: bool = True  # channels get back their float mean and deviation
     exclude: tuple[str, ...] = ()  # globs on node name or op type
     input_shape: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
     input_range: tuple[float, float] | None = None

@@ -49,7 +49,7 @@ def recalibrate(graph: Graph, solved: Sequence[Solved], statistics: Statistics, 
     """
     inner = [answer.layer for answer in solved if answer.layer.window and answer.layer.output not in graph.outputs]
     known = {name: value for name, value in statistics.items() if name not in graph.outputs}
-    shapes = tensor_shapes(graph.model, [*(layer.output for layer in inner), *known], chunks[0])
+    shapes = tensor_shapes(graph.snapshot(), [*(layer.output for layer in inner), *known], chunks[0])
     chosen = [layer.output for layer in inner if math.prod(shapes[layer.output][2:]) >= FEWEST_POSITIONS]
     if not chosen:
         return list(solved)

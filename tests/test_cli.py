@@ -161,6 +161,7 @@ def error_of(result: Result) -> str:
         ("--channels 0.1 --weight-bits 4", "activation_bits", 8),
         ("--channels 0.1 --activation-bits float", "weight_bits", None),
         ("--channels 0", "weight_bits", 8),
+        ("--no-recalibrate", "recalibrate", False),
     ],
 )
 def test_option_reaches_the_config(calls: Calls, words: str, name: str, value: object) -> None:

@@ -94,7 +94,7 @@ def test_canonical_form_round_trips_and_is_written_where_it_was(output):
 def test_first_and_last_and_patterns():
     graph = Graph(residual())
     layers, skipped = find_layers(graph)
-    assert first_and_last(graph) == {"a0", "y"}
+    assert first_and_last(graph) == ({"a0"}, {"y"})
     plan = plan_bits(graph, layers, skipped, Config(weight_bits=4, activation_bits=6, bits_for={"conv_9": 5}))
     found = {layer.node.output[0]: (plan[layer.name].weight, plan[layer.name].activation) for layer in layers}
     assert found == {"a0": (8, 8), "c0": (4, 6), "d0": (4, 6), "e0": (5, 5), "y": (8, 8)}

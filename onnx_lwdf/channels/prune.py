@@ -50,7 +50,7 @@ def prune_channels(
     Raises ModelError where no channel can go.
     """
     made = [name for node in graph.nodes for name in node.output if name and graph.constant(name) is None]
-    ties = tie_channels(graph, layers, tensor_shapes(graph.model, [*graph.inputs, *made], feed))
+    ties = tie_channels(graph, layers, tensor_shapes(graph.snapshot(), [*graph.inputs, *made], feed))
     groups = find_groups(graph, layers, ties)
     free = [group for group in groups if not group.reason]
     if not free:

@@ -46,7 +46,7 @@ def pack(codes: npt.NDArray[np.int8], bits: int) -> list[Piece]:
     """The pieces of all codes, in C order; the last bytes are filled up with the smallest code.
 
     >>> [piece.data.tolist() for piece in pack(np.array([-4, 3, 0], np.int8), 3)]
-    [[24], [2]]
+    [[8, 3], [2]]
     """
     widths = [width for width in WIDTHS if bits & width]
     unsigned = (codes.ravel().astype(np.int16) + 2 ** (bits - 1)).astype(np.uint8)
