@@ -151,7 +151,8 @@ def _solve(prepared: Prepared, chunks: Sequence[Feed], config: Config, on_layer:
     for answer in solve_layers(graph, layers, prepared.plan, pruning, grids, samples, config):
         solved.append(answer)
         on_layer(Progress("solve", answer.layer.name, len(solved), len(layers)))
-    return _Work(prepared, layers, statistics, sites, grids, solved, pruned.kept, pruned.notes)
+    shared = replace(prepared, pruning=pruning)
+    return _Work(shared, layers, statistics, sites, grids, solved, pruned.kept, pruned.notes)
 
 
 def prepare(model: onnx.ModelProto, config: Config) -> Prepared:

@@ -2,6 +2,7 @@
 
 The share of a layer costs its relative output error, measured by the method itself on a sample of its output channels,
 times its influence on the model's outputs.
+N:M is the same everywhere, so there the layers that cost most for each of their weights are spared, up to a tenth of all.
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ from onnx_lwdf.plan import first_and_last
 from onnx_lwdf.solvers import SOLVERS, Losses
 from onnx_lwdf.solvers.problem import F64, LayerProblem
 
+SPARED = 0.1  # of the weights that N:M could prune: the narrow layers at the front hold few and cost most
 MOST_ROWS = 64  # output channels of a layer, for its curve
 
 
@@ -72,6 +74,8 @@ def share_budget(
     config: Config,
 ) -> dict[str, Pruning]:
     """The plan with a sparsity of its own for every layer that shares the budget; `feed` are samples of the inputs."""
+    if config.nm is not None:
+        return _spare(graph, layers, plan, samples, feed, config)
     sharing = [layer for layer in layers if plan[layer.name].shared]
     if not sharing:
         return dict(plan)
@@ -90,9 +94,43 @@ def share_budget(
     return {**plan, **own}
 
 
-def _curve(losses: Losses, layer: Layer, weight: F64, moments: Moments, influence: float) -> Curve:
+def _spare(
+    graph: Graph,
+    layers: Sequence[Layer],
+    plan: Mapping[str, Pruning],
+    samples: Samples,
+    feed: Feed,
+    config: Config,
+) -> dict[str, Pruning]:
+    """The plan without N:M where it costs most for each weight."""
+    asked = [layer for layer in layers if plan[layer.name].nm is not None]
+    influence = influences(graph, asked, samples.moments, feed)
+    solve = SOLVERS[method_of(config, Bits(None, None), pruned=True)].solve
+
+    def cost(layer: Layer) -> float:
+        problem = _sampled(layer, weight_of(graph, layer), samples.moments[layer.name], config.nm)
+        return influence[layer.name] * relative_loss(solve(problem).loss, problem.weight, problem.hessian)
+
+    sizes = {layer.name: weight_of(graph, layer).size for layer in asked}
+    with threadpool_limits(limits=1), ThreadPoolExecutor(config.jobs) as pool:
+        costs = {layer.name: cost / sizes[layer.name] for layer, cost in zip(asked, pool.map(cost, asked), strict=True)}
+    left, spared = SPARED * sum(sizes.values()), []
+    for name in sorted(costs, key=lambda name: -costs[name]):
+        if sizes[name] <= left:
+            spared.append(name)
+            left -= sizes[name]
+    return {**plan, **{name: Pruning(note="dense: costs most for its weights") for name in spared}}
+
+
+def _sampled(layer: Layer, weight: F64, moments: Moments, nm: tuple[int, int] | None = None) -> LayerProblem:
+    """The layer's problem in float, on some of its output channels."""
     _, covariance = patch_moments(layer, moments, around_mean=True)
     rows = weight[:, :: -(-weight.shape[1] // MOST_ROWS)]
-    problem = LayerProblem(rows, covariance, None, np.zeros(rows.shape[:2]), layer.kernel_size)
-    costs = [influence * relative_loss(loss, rows, covariance) for loss in losses(problem, SPARSITIES)]
+    return LayerProblem(rows, covariance, None, np.zeros(rows.shape[:2]), layer.kernel_size, nm=nm)
+
+
+def _curve(losses: Losses, layer: Layer, weight: F64, moments: Moments, influence: float) -> Curve:
+    problem = _sampled(layer, weight, moments)
+    found = losses(problem, SPARSITIES)
+    costs = [influence * relative_loss(loss, problem.weight, problem.hessian) for loss in found]
     return Curve(weight.size, tuple(costs), influence)

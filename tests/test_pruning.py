@@ -74,6 +74,32 @@ def test_two_of_four_along_input_channels(bits):
     assert notes[DEPTHWISE] == "dense: depthwise"
 
 
+def test_the_layers_that_cost_most_for_their_weights_are_spared_up_to_a_tenth():
+    """The narrow layers in the middle, whose inputs all count; the wide ones alone can have zeros."""
+    text = """
+    <ir_version: 8, opset_import: ["" : 17]>
+    net (float[N,3,8,8] x) => (float[N,80,8,8] y) {
+        a = Conv (x, w0)
+        b = Relu (a)
+        c = Conv (b, w1)
+        d = Conv (c, w2)
+        e = Relu (d)
+        y = Conv (e, w3)
+    }
+    """
+    rng = np.random.default_rng(0)
+    shapes = {"w0": (64, 3, 1, 1), "w1": (4, 64, 1, 1), "w2": (96, 4, 1, 1), "w3": (80, 96, 1, 1)}
+    source = with_weights(text, {name: rng.normal(0, 0.3, shape) for name, shape in shapes.items()})
+    result = onnx_lwdf.compress(source, nm=(2, 4), **FAST)
+    stored = list(weights(result.model).values())
+    assert [layer.reason for layer in result.report.layers if "costs most" in layer.reason]
+    spared = sum(w.size for w in stored[1:] if (w != 0).all())
+    assert 0 < spared <= 0.1 * sum(w.size for w in stored[1:])
+    for weight in stored[1:]:
+        blocks = weight.reshape(weight.shape[0], -1, 4, *weight.shape[2:])
+        assert (weight != 0).all() or (blocks != 0).sum(2).max() == 2
+
+
 def test_with_bits_every_layer_is_rounded_and_the_pruned_ones_are_sparse():
     result = onnx_lwdf.compress(residual(), sparsity=0.5, bits=8, **FAST)
     assert {layer.bits for layer in result.report.layers} == {"w8a8"}
