@@ -240,7 +240,13 @@ def _check_gate(result: Result, least: float | None) -> None:
 
 def _report(source: model_io.Source, config: Config, done: Compressed, output: Mapping[str, object]) -> Report:
     layers = [_solved(done, answer) for answer in done.solved]
-    warnings = *done.prepared.warnings, *sparse_initializer.warnings(done.model)
+    lost = [
+        f"output {name!r} has more error than signal on synthetic inputs ({db:.1f} dB); use more bits, fewer zeros or"
+        " more channels, and do not ship this file unseen"
+        for name, db in done.fidelity.outputs.items()
+        if db < 0
+    ]
+    warnings = *done.prepared.warnings, *sparse_initializer.warnings(done.model), *lost
     return _assemble(source, config, done.prepared, layers, done.fidelity.outputs, output, warnings)
 
 

@@ -60,7 +60,9 @@ def run(session: ort.InferenceSession, feeds: Mapping[str, Array], outputs: Sequ
     try:
         return [np.asarray(value) for value in session.run(outputs, dict(feeds))]
     except Exception as error:
-        raise ModelError(f"onnxruntime cannot run the model: {first_line(error)}") from error
+        raise ModelError(
+            f"onnxruntime cannot run the model: {first_line(error)}; where the input's size is open, give --input-shape"
+        ) from error
 
 
 def copy_of(model: onnx.ModelProto, outputs: Sequence[str] | None = None) -> onnx.ModelProto:

@@ -62,7 +62,8 @@ def cut(
         graph.set_input(node, 1, changed, node.input[1])
     _correct_shapes(graph, kept)
     moments = {item.layer.name: item.moments for item in done}
-    values = {name: value[kept[name]] if name in kept else value for name, value in samples.values.items()}
+    cut_tensors = {name for name, mask in kept.items() if not mask.all()}  # of the others axis 1 may hold no channels
+    values = {name: value[kept[name]] if name in cut_tensors else value for name, value in samples.values.items()}
     return done, replace(samples, moments={**samples.moments, **moments}, values=values)
 
 

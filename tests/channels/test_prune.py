@@ -133,3 +133,24 @@ def test_the_same_bytes_with_any_number_of_jobs():
         for jobs in (1, 2)
     }
     assert len(made) == 1
+
+
+def test_rows_that_a_matmul_reads_have_no_channels_on_axis_one():
+    text = """
+    <ir_version: 8, opset_import: ["" : 17]>
+    net (float[N,3,4,4] x) => (float[N,16,5] y) {
+        a = Conv <pads = [1,1,1,1]> (x, w0)
+        b = Relu (a)
+        c = Conv (b, w1)
+        d = Reshape (c, shape)
+        e = Transpose <perm = [0,2,1]> (d)
+        y = MatMul (e, w2)
+    }
+    """
+    rng = np.random.default_rng(0)
+    tensors = {"w0": rng.normal(0, 0.3, (24, 3, 3, 3)), "w1": rng.normal(0, 0.3, (6, 24, 1, 1))}
+    tensors |= {"w2": rng.normal(0, 0.3, (6, 5)), "shape": np.array([0, 6, -1], np.int64)}
+    source = with_weights(text, tensors)
+    result = onnx_lwdf.compress(source, channels=0.3, bits=8, **FAST)
+    assert answers(result.model, samples(source))[0].shape == answers(source, samples(source))[0].shape
+    assert any(" channels removed" in layer.reason for layer in result.report.layers)
