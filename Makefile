@@ -4,7 +4,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 ENV := .venv/.ready
 
-.PHONY: demo test lint bench clean
+.PHONY: demo test test-oldest lint bench clean
 
 demo: $(ENV)
 	@mkdir -p build
@@ -13,6 +13,15 @@ demo: $(ENV)
 
 test: $(ENV) lint
 	$(BIN)/python -m pytest
+
+# The files that are written, in the oldest versions that pyproject.toml allows.
+test-oldest: .venv-oldest/.ready
+	.venv-oldest/bin/python -m pytest tests/emit tests/test_targets.py
+
+.venv-oldest/.ready: pyproject.toml tests/oldest.txt
+	$(PYTHON) -m venv .venv-oldest
+	.venv-oldest/bin/python -m pip install --quiet --editable . hypothesis pytest --constraint tests/oldest.txt
+	@touch $@
 
 lint: $(ENV)
 	$(BIN)/ruff check .
@@ -29,4 +38,4 @@ $(ENV): pyproject.toml
 	@touch $(ENV)
 
 clean:
-	rm -rf .venv build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf .venv .venv-oldest build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis
