@@ -183,9 +183,12 @@ def _solve(task: _Task) -> LayerSolution:
 def patch_moments(layer: Layer, moments: Moments, around_mean: bool) -> tuple[F64, F64]:
     """Mean [groups, in] and second moments [groups, in, in] of what a canonical weight's rows meet.
 
-    Around the mean for pruning: the bias takes up the mean error whole, and it is as large as the pruned weights.
+    Around the mean for pruning: the bias takes up the mean error whole, and it is as large as the pruned weights. In both
+    cases without what chance made of the correlations: a solver would spend its freedom on them.
     """
-    mean, hessian = moments.mean, moments.covariance if around_mean else moments.hessian
+    mean, hessian = moments.mean, moments.covariance
+    if not around_mean:
+        hessian = hessian + mean[:, :, None] * mean[:, None, :]
     kernel = layer.kernel_size
     if layer.op != "ConvTranspose" or kernel == 1:
         return mean, hessian
