@@ -140,6 +140,11 @@ def weight_of(graph: Graph, layer: Layer) -> Array:
     return to_canonical(layer, value.astype(np.float64))
 
 
+def is_depthwise(graph: Graph, layer: Layer) -> bool:
+    """Every output channel reads one input channel, of which there are several."""
+    return layer.groups > 1 and weight_of(graph, layer).shape[2] == layer.kernel_size
+
+
 def bias_of(graph: Graph, layer: Layer) -> Array:
     """The layer's bias, float64 [out of all groups]; zeros where it has none."""
     out = output_channels(graph, layer)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 from onnx_lwdf.config import Config
 from onnx_lwdf.errors import OptionError
@@ -17,12 +17,8 @@ def plan_bits(graph: Graph, layers: Sequence[Layer], skipped: Sequence[Skipped],
 
     Raises OptionError where a pattern of `bits_for` or `exclude` names no layer.
     """
-    named = [(layer.name, layer.op) for layer in layers]
-    known = [*named, *((layer.name, layer.op) for layer in skipped)]
     for option, patterns in (("bits-for", config.bits_for), ("exclude", config.exclude)):
-        for pattern in patterns:
-            if not any(matches(pattern, name, op) for name, op in known):
-                raise OptionError(f"{option} {pattern!r} matches no layer; --dry-run lists their names")
+        check_patterns(option, patterns, [*layers, *skipped])
     ends = set().union(*first_and_last(graph)) if config.keeps_first_last else set()
     plan: dict[str, Bits] = {}
     for layer in layers:
@@ -34,6 +30,13 @@ def plan_bits(graph: Graph, layers: Sequence[Layer], skipped: Sequence[Skipped],
                 weight, activation = bits, activation and bits
         plan[layer.name] = Bits(weight, activation)
     return plan
+
+
+def check_patterns(option: str, patterns: Iterable[str], layers: Sequence[Layer | Skipped]) -> None:
+    """OptionError where a pattern names no layer."""
+    for pattern in patterns:
+        if not any(matches(pattern, layer.name, layer.op) for layer in layers):
+            raise OptionError(f"{option} {pattern!r} matches no layer; --dry-run lists their names")
 
 
 def first_and_last(graph: Graph) -> tuple[set[str], set[str]]:

@@ -17,12 +17,12 @@ from threadpoolctl import threadpool_limits
 from onnx_lwdf.activations.taps import Feed, Moments, Samples
 from onnx_lwdf.allocate import SPARSITIES, Curve, allocate
 from onnx_lwdf.config import Config
-from onnx_lwdf.errors import ModelError, OptionError
+from onnx_lwdf.errors import ModelError
 from onnx_lwdf.graph import Graph
 from onnx_lwdf.influence import influences, relative_loss
-from onnx_lwdf.layers import Bits, Layer, Pruning, Skipped, matches, weight_of
+from onnx_lwdf.layers import Bits, Layer, Pruning, Skipped, is_depthwise, matches, weight_of
 from onnx_lwdf.layerwise import method_of, patch_moments
-from onnx_lwdf.plan import first_and_last
+from onnx_lwdf.plan import check_patterns, first_and_last
 from onnx_lwdf.solvers import SOLVERS, Losses
 from onnx_lwdf.solvers.problem import F64, LayerProblem
 
@@ -37,10 +37,7 @@ def plan_pruning(
 
     Raises OptionError where a pattern of `sparsity_for` names no layer, ModelError where there is nothing to prune.
     """
-    known = [*((layer.name, layer.op) for layer in layers), *((layer.name, layer.op) for layer in skipped)]
-    for pattern in config.sparsity_for:
-        if not any(matches(pattern, name, op) for name, op in known):
-            raise OptionError(f"sparsity-for {pattern!r} matches no layer; --dry-run lists their names")
+    check_patterns("sparsity-for", config.sparsity_for, [*layers, *skipped])
     first = first_and_last(graph)[0]
     plan = {layer.name: _planned(graph, layer, layer.node.output[0] in first, config) for layer in layers}
     if config.prunes and not any(pruning.asked for pruning in plan.values()):
@@ -55,13 +52,13 @@ def _planned(graph: Graph, layer: Layer, first: bool, config: Config) -> Pruning
         return Pruning(fixed[-1], note="" if fixed[-1] else "dense: fixed at 0")
     if not (config.sparsity or config.nm):
         return Pruning(note="dense: not named" if config.prunes else "")
-    groups, _, inputs = weight_of(graph, layer).shape
-    if groups > 1 and inputs == layer.kernel_size:
+    if is_depthwise(graph, layer):
         return Pruning(note="dense: depthwise")
     if first:
         return Pruning(note="dense: the first layer")
-    if config.nm is not None and inputs // layer.kernel_size % config.nm[1]:
-        return Pruning(note=f"dense: {inputs // layer.kernel_size} input channels, not a multiple of {config.nm[1]}")
+    channels = weight_of(graph, layer).shape[2] // layer.kernel_size
+    if config.nm is not None and channels % config.nm[1]:
+        return Pruning(note=f"dense: {channels} input channels, not a multiple of {config.nm[1]}")
     return Pruning(config.sparsity, config.nm, shared=config.nm is None)
 
 

@@ -9,7 +9,7 @@ import numpy as np
 
 from onnx_lwdf.channels.ties import Ints, Ties
 from onnx_lwdf.graph import Graph
-from onnx_lwdf.layers import Layer, output_channels, weight_of
+from onnx_lwdf.layers import Layer, is_depthwise, output_channels, weight_of
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -36,11 +36,6 @@ def find_groups(graph: Graph, layers: Sequence[Layer], ties: Ties) -> list[Group
     first = {int(kind): i for i, kind in reversed(list(enumerate(kinds[units])))}
     members = [units[kinds[units] == kind] for kind in sorted(first, key=lambda kind: first[kind])]
     return [_group(graph, layers, ties, group) for group in members]
-
-
-def is_depthwise(graph: Graph, layer: Layer) -> bool:
-    """Every output channel reads one input channel, of which there are several."""
-    return layer.groups > 1 and weight_of(graph, layer).shape[2] == layer.kernel_size
 
 
 def _kinds(ties: Ties, count: int) -> Ints:

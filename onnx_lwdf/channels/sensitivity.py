@@ -17,6 +17,7 @@ from onnx_lwdf.channels.elimination import Elimination, refit, restore
 from onnx_lwdf.channels.groups import Group
 from onnx_lwdf.channels.ties import Ints
 from onnx_lwdf.graph import Graph
+from onnx_lwdf.influence import relative_error
 from onnx_lwdf.layers import Layer, bias_of, find_layers, set_bias, set_weight, weight_of
 from onnx_lwdf.runtime import open_session, run
 from onnx_lwdf.solvers.problem import F64
@@ -45,7 +46,7 @@ def sensitivities(
         for layer in readers:
             muted = group.columns[layer.name][path.order[:count]].ravel()
             _mute(trial, layer, muted, means[layer.name], spreads[layer.name])
-        error = _relative(exact, _outputs(trial, feed))
+        error = relative_error(exact, _outputs(trial, feed))
         for layer, (weight, bias) in zip(readers, before, strict=True):
             set_weight(trial, layer, weight)
             set_bias(trial, layer, bias)
@@ -69,12 +70,3 @@ def _mute(graph: Graph, layer: Layer, columns: Ints, mean: F64, spread: F64) -> 
 def _outputs(graph: Graph, feed: Feed) -> list[F64]:
     session = open_session(graph.snapshot(), arena=False)
     return [value.astype(np.float64) for value in run(session, feed, graph.outputs)]
-
-
-def _relative(exact: Sequence[F64], answer: Sequence[F64]) -> float:
-    """The sum over the outputs of the error's power over that of the output's variation between samples."""
-    total = 0.0
-    for a, b in zip(exact, answer, strict=True):
-        power = float(((a - a.mean(0)) ** 2).sum())
-        total += float(((a - b) ** 2).sum()) / max(power, np.finfo(np.float64).tiny)
-    return total

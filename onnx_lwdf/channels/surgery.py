@@ -15,10 +15,9 @@ import numpy.typing as npt
 
 from onnx_lwdf.activations.taps import Moments, Samples
 from onnx_lwdf.channels.elimination import left_over, refit, restore
-from onnx_lwdf.channels.groups import is_depthwise
 from onnx_lwdf.channels.ties import CHANNEL_AXIS, Ties
 from onnx_lwdf.graph import Graph
-from onnx_lwdf.layers import Layer, bias_of, from_canonical, output_axis, set_bias, weight_of
+from onnx_lwdf.layers import Layer, bias_of, from_canonical, is_depthwise, output_axis, set_bias, weight_of
 from onnx_lwdf.solvers.problem import F64
 
 Mask = npt.NDArray[np.bool_]

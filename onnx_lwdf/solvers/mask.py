@@ -104,10 +104,15 @@ def damped(hessian: F64) -> F64:
     return np.asarray(hessian + floor[:, None, None] * np.eye(hessian.shape[-1]))
 
 
+def normalized(hessian: F64) -> tuple[F64, F64]:
+    """Damped H in units where its diagonal is one, [groups, in, in], and these units, [groups, in]."""
+    stable = damped(hessian)
+    unit = np.sqrt(np.einsum("gii->gi", stable))
+    return stable / unit[:, :, None] / unit[:, None, :], unit
+
+
 def _scaled(problem: LayerProblem) -> _Scaled:
-    hessian = damped(problem.hessian)
-    unit = np.sqrt(np.einsum("gii->gi", hessian))
-    hessian = hessian / unit[:, :, None] / unit[:, None, :]
+    hessian, unit = normalized(problem.hessian)
     values, vectors = np.linalg.eigh(hessian.astype(np.float32))
     weight = (problem.weight * unit[:, None, :]).astype(np.float32)
     return _Scaled(weight, hessian.astype(np.float32), np.maximum(values, 0)[:, None, :], vectors)

@@ -18,7 +18,7 @@ from dataclasses import replace
 import numpy as np
 
 from onnx_lwdf.solvers import descent
-from onnx_lwdf.solvers.mask import damped, path, second_order, swapped
+from onnx_lwdf.solvers.mask import damped, normalized, path, second_order, swapped
 from onnx_lwdf.solvers.problem import F64, LayerProblem, LayerSolution, Mask, channel_loss, float_solution, solution
 
 CONJUGATE_STEPS = 60
@@ -60,9 +60,8 @@ def refit(problem: LayerProblem, mask: Mask, steps: int = CONJUGATE_STEPS) -> F6
 
     Conjugate gradients, in units where H has a diagonal of one.
     """
-    hessian = damped(problem.hessian)
-    unit = np.sqrt(np.einsum("gii->gi", hessian))[:, None, :]
-    hessian = hessian / unit.swapaxes(1, 2) / unit
+    hessian, units = normalized(problem.hessian)
+    unit = units[:, None, :]
     target = problem.weight * unit
     weight = np.where(mask, target, 0.0)
     residual = np.where(mask, (target - weight) @ hessian, 0.0)
