@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import logging
 from collections import defaultdict
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -160,6 +160,14 @@ class Graph:
     def add_folded(self, op: str, inputs: Iterable[str], **attributes: Any) -> str:
         """As `add`, for a step in the middle of constants: a file holds hundreds of them, and names take bytes."""
         return self._append(op, inputs, self.unique(f"folded.{len(self.nodes)}"), **attributes)
+
+    def add_split(self, tensor: str, sizes: Sequence[int]) -> list[str]:
+        """Cut a tensor of rank 1 into parts of these sizes; their names. As `add_folded`."""
+        first = self.add_folded("Split", [tensor, self.shared_constant(np.array(sizes))])
+        node = self.producer[first]
+        node.output.extend(self.unique(f"{first}.{place}") for place in range(1, len(sizes)))
+        self.producer.update(dict.fromkeys(node.output, node))
+        return list(node.output)
 
     def _append(self, op: str, inputs: Iterable[str], output: str, **attributes: Any) -> str:
         node = onnx.helper.make_node(op, list(inputs), [output], **attributes)

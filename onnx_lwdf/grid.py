@@ -1,6 +1,9 @@
-"""Grids of weights: symmetric signed codes, one scale per output channel.
+"""Grids of weights: signed codes, one scale per output channel.
 
-    stored weight = scale * code,    code in [low, high]
+    stored weight = scale * code,    code in [low, low + 2^bits - 1],    low <= 0 <= high
+
+Integer kernels want weights with zero point 0. An int8 code has room for more than 6 bits, so below 7 bits the range of
+codes itself moves, per output channel, to where the weights are: an asymmetric grid without a zero point.
 
 Neighbouring codes 2k and 2k + 1 of a filter may have to satisfy |code[2k] + code[2k + 1]| <= limit: x86 without VNNI
 adds the two products u8 * s8 in 16 bits (vpmaddubsw), and 255 * 128 is the largest multiple that fits.
@@ -8,40 +11,64 @@ adds the two products u8 * s8 in 16 bits (vpmaddubsw), and 255 * 128 is the larg
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+from dataclasses import dataclass
+
 import numpy as np
+import numpy.typing as npt
 
 from onnx_lwdf.solvers.problem import F64
 
 COARSE_STEPS, FINE_STEPS = 24, 8
-# The share of the largest weight at which the best grid may end: fewer codes pay to be spent on the bulk.
+# The share of the weights' span at which the best grid may end: fewer codes pay to be spent on the bulk.
 SMALLEST_SHARE = {2: 0.2, 3: 0.3, 4: 0.4, 5: 0.5, 6: 0.65, 7: 0.8, 8: 0.9}
 LARGEST_SHARE = 1.06
+# Where a grid that is narrower than the weights' span lies in it: at the smallest weight, in the middle, at the largest.
+PLACES = (0.0, 0.5, 1.0)
+MOST_ASYMMETRIC_BITS = 6  # two such codes of any sign add up to 126 at most, within the pair limit of 128
 # A weight with less than this share of its channel's energy has no say in the range: clipping it costs nothing. A dead
 # input may carry any weight, and at 8 bits one outlier there would cost every other weight its precision.
 NEGLIGIBLE = 1e-8
 TINY = float(np.finfo(np.float32).tiny)
 
 
-def code_range(bits: int) -> tuple[int, int]:
-    """The smallest and the largest code; 8 bits leave out -128, which no integer kernel likes."""
-    high = 2 ** (bits - 1) - 1
-    return (-high if bits == 8 else -high - 1), high
+@dataclass(frozen=True, slots=True)
+class WeightGrid:
+    """scale * code for low <= code <= high, per output channel."""
+
+    scale: F64  # [groups, out], positive and exactly representable in float32
+    low: F64  # [groups, out], integers
+    bits: int
+
+    @property
+    def high(self) -> F64:
+        """The largest code, [groups, out]."""
+        return self.low + steps(self.bits)
 
 
-def nearest(weight: F64, scale: F64, bits: int, pair_limit: int | None = None) -> F64:
+def steps(bits: int) -> int:
+    """From the smallest to the largest code; 8 bits leave out -128, which no integer kernel likes."""
+    return 2**bits - (2 if bits == 8 else 1)
+
+
+def symmetric(scale: F64, bits: int) -> WeightGrid:
+    """The grid [-2^(bits - 1), 2^(bits - 1) - 1] of every channel, without -128."""
+    return WeightGrid(scale, np.full(scale.shape, -float((steps(bits) + 1) // 2)), bits)
+
+
+def nearest(weight: F64, grid: WeightGrid, pair_limit: int | None = None) -> F64:
     """The codes of least squared error within range and pair limit, [groups, out, in] (integers in float64).
 
-    weight [groups, out, in], scale [groups, out].
+    weight [groups, out, in].
     """
-    low, high = code_range(bits)
-    exact = weight / scale[..., None]
-    codes = np.clip(np.rint(exact), low, high)
-    return codes if pair_limit is None else _limit_pairs(exact, codes, bits, pair_limit)
+    exact = weight / grid.scale[..., None]
+    codes = np.clip(np.rint(exact), grid.low[..., None], grid.high[..., None])
+    return codes if pair_limit is None else _limit_pairs(exact, codes, grid, pair_limit)
 
 
-def _limit_pairs(exact: F64, codes: F64, bits: int, limit: int) -> F64:
+def _limit_pairs(exact: F64, codes: F64, grid: WeightGrid, limit: int) -> F64:
     """Move pairs whose sum is too large to the nearest point with the largest sum allowed."""
-    low, high = code_range(bits)
+    low, high = grid.low[..., None], grid.high[..., None]
     even = codes.shape[-1] // 2 * 2
     first, second = codes[..., 0:even:2], codes[..., 1:even:2]
     total = first + second
@@ -57,30 +84,44 @@ def _limit_pairs(exact: F64, codes: F64, bits: int, limit: int) -> F64:
     return result
 
 
-def search_scale(weight: F64, importance: F64, bits: int, pair_limit: int | None, scale_floor: F64) -> F64:
-    """Per output channel the scale of least weighted squared error, [groups, out], exact in float32.
+def search_weight_grid(weight: F64, importance: F64, bits: int, pair_limit: int | None, scale_floor: F64) -> WeightGrid:
+    """Per output channel the grid of least weighted squared error; its scale is exact in float32.
 
     weight [groups, out, in]; importance [groups, in], of an error of each weight (the diagonal of H); the scale is not
     below scale_floor [groups, out]. The error is that of the codes after range and pair limit.
     """
     importance = np.where(importance.any(axis=1, keepdims=True), importance, 1.0)  # all dead: all alike
-    full = _span(weight, importance) / code_range(bits)[1]  # [groups, out]
-    largest = max(LARGEST_SHARE, 2.0 if pair_limit is not None else 0.0)
-    shares = np.linspace(SMALLEST_SHARE[bits], largest, COARSE_STEPS)
-    step = shares[1] - shares[0]
-    coarse = [np.full(full.shape, share) for share in (1.0, *shares)]  # never worse than the plain range
-    best = _best_share(weight, importance, bits, pair_limit, scale_floor, full, coarse)
-    fine = [np.maximum(best + step * offset, 1e-3) for offset in np.linspace(-1, 1, FINE_STEPS + 1)]
-    best = _best_share(weight, importance, bits, pair_limit, scale_floor, full, [best, *fine])
-    return storable(full * best, scale_floor)
+    smallest, largest = _span(weight, importance)  # [groups, out]
+    moves = bits <= MOST_ASYMMETRIC_BITS and pair_limit is None
+    middle = symmetric(scale_floor, bits)
+    plain = np.maximum(largest, -smallest) / middle.high
+    full = (largest - smallest) / steps(bits) if moves else plain
+
+    def grid(scale: F64, low: F64) -> WeightGrid:
+        return WeightGrid(storable(scale, scale_floor), np.clip(low, -steps(bits), 0) if moves else middle.low, bits)
+
+    def placed(scale: F64, place: float) -> WeightGrid:
+        low = smallest + place * (largest - smallest - steps(bits) * scale)
+        return grid(scale, np.rint(low / np.maximum(scale, TINY)))
+
+    shares = np.linspace(SMALLEST_SHARE[bits], LARGEST_SHARE if pair_limit is None else 2.0, COARSE_STEPS)
+    coarse = (placed(full * share, place) for share in shares for place in (PLACES if moves else PLACES[:1]))
+    best = _best(weight, importance, pair_limit, [grid(plain, middle.low), *coarse])  # never worse than the plain one
+    moved = np.linspace(-1, 1, FINE_STEPS + 1)[:, None, None] * full * (shares[1] - shares[0]) + best.scale
+    fine = (
+        grid(scale, np.rint(best.low * best.scale / np.maximum(scale, TINY)) + shift)
+        for scale in np.maximum(moved, best.scale / 8)
+        for shift in ((-1, 0, 1) if moves else (0,))
+    )
+    return _best(weight, importance, pair_limit, [best, *fine])
 
 
-def _span(weight: F64, importance: F64) -> F64:
-    """The largest weight that counts, [groups, out]."""
+def _span(weight: F64, importance: F64) -> tuple[F64, F64]:
+    """The smallest and the largest weight that count, or 0, [groups, out]."""
     energy = weight * weight * importance[:, None, :]
     total = energy.sum(-1, keepdims=True)
     counts = (energy > NEGLIGIBLE * total) | (total <= 0)
-    return np.asarray(np.abs(weight).max(-1, initial=0.0, where=counts))
+    return weight.min(-1, initial=0.0, where=counts), weight.max(-1, initial=0.0, where=counts)
 
 
 def storable(scale: F64, scale_floor: F64) -> F64:
@@ -91,20 +132,19 @@ def storable(scale: F64, scale_floor: F64) -> F64:
     return np.where(rounded > TINY, rounded, np.float32(1)).astype(np.float64)
 
 
-def _best_share(
-    weight: F64,
-    importance: F64,
-    bits: int,
-    pair_limit: int | None,
-    floor: F64,
-    full: F64,
-    shares: list[F64],
-) -> F64:
-    least, best = np.full(full.shape, np.inf), np.ones(full.shape)
-    for share in shares:
-        scale = storable(full * share, floor)
-        difference = nearest(weight, scale, bits, pair_limit) * scale[..., None] - weight
+def _best(weight: F64, importance: F64, pair_limit: int | None, grids: Iterable[WeightGrid]) -> WeightGrid:
+    """Per output channel the grid of least error; the first of equals."""
+    best, least = None, np.full(weight.shape[:2], np.inf)
+    for grid in grids:
+        difference = nearest(weight, grid, pair_limit) * grid.scale[..., None] - weight
         error = np.einsum("goi,gi->go", difference * difference, importance)
         better = error < least
-        least, best = np.where(better, error, least), np.where(better, share, best)
+        least = np.where(better, error, least)
+        best = grid if best is None else choose(better, grid, best)
+    assert best is not None
     return best
+
+
+def choose(first: npt.NDArray[np.bool_], grid: WeightGrid, other: WeightGrid) -> WeightGrid:
+    """`grid` where `first` [groups, out], else `other`."""
+    return WeightGrid(np.where(first, grid.scale, other.scale), np.where(first, grid.low, other.low), grid.bits)

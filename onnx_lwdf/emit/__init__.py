@@ -13,10 +13,9 @@ from dataclasses import dataclass
 
 import numpy as np
 import onnx
-from onnx import numpy_helper
 
 from onnx_lwdf.emit import dense, folded, packed, qdq, sparse, sparse_initializer
-from onnx_lwdf.emit.stored import Rounded, Store, Stored
+from onnx_lwdf.emit.stored import Held, Rounded, Store, Stored, Values
 from onnx_lwdf.graph import Graph
 from onnx_lwdf.layers import WEIGHTED, set_bias
 from onnx_lwdf.ranges import ActivationGrid
@@ -94,10 +93,12 @@ def emit(
 
     Answers layer name -> the bytes of data that hold its weight. Without sites, activations stay float.
     """
-    for stored in layers:
-        _weight(graph, stored, store)
+    sizes: dict[str, int] = {}
+    for stored, values in zip(layers, store(graph, [_values(stored) for stored in layers]), strict=True):
+        weight = _scaled(graph, values, stored)
+        graph.connect(stored.layer.node, 1, weight.tensor)
         _bias(graph, stored)
-    sizes = _data_bytes(graph, {stored.layer.name: stored.layer.weight for stored in layers})
+        sizes[stored.layer.name] = weight.bytes
     qdq.activations(graph, sites, grids, signed)
     return sizes
 
@@ -106,24 +107,31 @@ def planned_bytes(name: str, activations: str, shape: tuple[int, ...], axis: int
     """What `emit` will answer for a layer of codes of this shape, scales along `axis`; at most, where zeros shrink it."""
     if bits is None:
         return FLOAT_BITS // 8 * math.prod(shape)
-    scratch, codes = Graph(onnx.ModelProto()), np.ones(shape, np.int8)
-    rounded = Rounded(codes, np.ones(shape[axis], np.float32), axis, bits)
-    weight = _float_weight(scratch, "weight", rounded, FORMATS[name].store, activations)
-    return _data_bytes(scratch, {"weight": weight})["weight"]
+    rounded = Rounded(np.ones(shape, np.int8), np.ones(shape[axis], np.float32), axis, bits)
+    scratch = Graph(onnx.ModelProto())
+    (held,) = FORMATS[name].store(scratch, [_codes("weight", rounded, activations)])
+    return _float_weight(scratch, "weight", held, rounded, activations).bytes
 
 
-def _weight(graph: Graph, stored: Stored, store: Store) -> None:
-    stem = stored.layer.weight
-    if stored.rounded is None:
-        weight = store(graph, stem, stored.weight, FLOAT_BITS, onnx.TensorProto.FLOAT)
-    else:
-        weight = _float_weight(graph, stem, stored.rounded, store, FLOAT if stored.grid is None else INTEGER)
-    graph.connect(stored.layer.node, 1, weight)
+def _values(stored: Stored) -> Values:
+    stem, rounded = stored.layer.weight, stored.rounded
+    if rounded is None:
+        return Values(stem, stored.weight, FLOAT_BITS, None, onnx.TensorProto.FLOAT)
+    return _codes(stem, rounded, FLOAT if stored.grid is None else INTEGER)
 
 
-def _float_weight(graph: Graph, stem: str, rounded: Rounded, store: Store, activations: str) -> str:
+def _codes(stem: str, rounded: Rounded, activations: str) -> Values:
     kind = onnx.TensorProto.FLOAT if activations == FLOAT else onnx.TensorProto.INT8
-    codes = store(graph, stem, rounded.codes, rounded.bits, kind)
+    return Values(stem, rounded.codes, rounded.bits, rounded.axis, kind)
+
+
+def _scaled(graph: Graph, values: Held, stored: Stored) -> Held:
+    if stored.rounded is None:
+        return values
+    return _float_weight(graph, stored.layer.weight, values, stored.rounded, FLOAT if stored.grid is None else INTEGER)
+
+
+def _float_weight(graph: Graph, stem: str, codes: Held, rounded: Rounded, activations: str) -> Held:
     return (folded.weight if activations == FLOAT else qdq.weight)(graph, stem, codes, rounded)
 
 
@@ -139,25 +147,3 @@ def _bias(graph: Graph, stored: Stored) -> None:
         graph.connect(node, index, qdq.bias(graph, stem, stored.bias, stored.rounded, stored.grid))
     elif stored.bias.any() or index < len(node.input):
         set_bias(graph, stored.layer, np.asarray(stored.bias))
-
-
-def _data_bytes(graph: Graph, tensors: Mapping[str, str]) -> dict[str, int]:
-    """Key -> the bytes of the initializers that its tensor is made of; one that several share counts at the first."""
-    sparse_tensors = {tensor.values.name: tensor for tensor in graph.model.graph.sparse_initializer}
-    seen: set[str] = set()
-    sizes: dict[str, int] = {}
-    for key, tensor in tensors.items():
-        wanted, sizes[key] = [tensor], 0
-        while wanted:
-            name = wanted.pop()
-            if name in seen:
-                continue
-            seen.add(name)
-            if name in graph.producer:
-                wanted.extend(graph.producer[name].input)
-            elif name in sparse_tensors:
-                parts = sparse_tensors[name].values, sparse_tensors[name].indices
-                sizes[key] += sum(numpy_helper.to_array(part).nbytes for part in parts)
-            elif name in graph.initializers:
-                sizes[key] += numpy_helper.to_array(graph.initializers[name]).nbytes
-    return sizes

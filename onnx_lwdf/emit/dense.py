@@ -2,15 +2,22 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import onnx
 from onnx import helper
 
-from onnx_lwdf.emit.stored import Values
+from onnx_lwdf.emit.stored import Held, Values
 from onnx_lwdf.graph import Graph
 
 
-def store(graph: Graph, stem: str, values: Values, bits: int, kind: int) -> str:
+def store(graph: Graph, tensors: Sequence[Values]) -> list[Held]:
     """The values as they are."""
-    own = helper.np_dtype_to_tensor_dtype(values.dtype)
-    name = graph.add_constant(f"{stem}.{'codes' if own == onnx.TensorProto.INT8 else 'values'}", values)
-    return name if own == kind else graph.add_folded("Cast", [name], to=kind)
+    return [_store(graph, values) for values in tensors]
+
+
+def _store(graph: Graph, values: Values) -> Held:
+    own = helper.np_dtype_to_tensor_dtype(values.data.dtype)
+    name = graph.add_constant(f"{values.stem}.{'codes' if own == onnx.TensorProto.INT8 else 'values'}", values.data)
+    name = name if own == values.kind else graph.add_folded("Cast", [name], to=values.kind)
+    return Held(name, values.data.nbytes)

@@ -6,13 +6,13 @@ every inference). The file holds the codes, the session holds floats, the speed 
 
 from __future__ import annotations
 
-from onnx_lwdf.emit.stored import Rounded
+from onnx_lwdf.emit.stored import Held, Rounded
 from onnx_lwdf.graph import Graph
 
 
-def weight(graph: Graph, stem: str, codes: str, rounded: Rounded) -> str:
-    """The float weight of a float tensor that holds its codes; the weight's name."""
+def weight(graph: Graph, stem: str, codes: Held, rounded: Rounded) -> Held:
+    """The float weight of a float tensor that holds its codes."""
     shape = [1] * rounded.codes.ndim
     shape[rounded.axis] = -1
     scale = graph.add_constant(f"{stem}.scale", rounded.scale.reshape(shape))
-    return graph.add("Mul", [codes, scale], f"{stem}.stored")
+    return Held(graph.add("Mul", [codes.tensor, scale], f"{stem}.stored"), codes.bytes + rounded.scale.nbytes)

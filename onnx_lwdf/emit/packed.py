@@ -1,17 +1,20 @@
 """Storage of codes below 8 bits in bytes without a gap, rebuilt by bit operations that onnxruntime folds at load.
 
-A code plus 2^(bits - 1) is cut into pieces of 4, 2 and 1 bits, from the top (6 = 4 + 2, 7 = 4 + 2 + 1); the pieces of one
-width fill bytes of their own. Piece k of w bits in byte j belongs to code k * bytes + j, so that one column of masks and
-one of shifts, broadcast over the row of bytes, take all of them out:
+The codes of all tensors of one width follow each other in one row. A code less the smallest of its channel is cut into
+pieces of 4, 2 and 1 bits, from the top (6 = 4 + 2, 7 = 4 + 2 + 1); the pieces of one width fill bytes of their own.
+Piece k of w bits in byte j belongs to code k * bytes + j, so that one column of masks and one of shifts, broadcast over
+the row of bytes, take all of them out:
 
     bytes [n w / 8]  -> BitwiseAnd [[2^w - 1], [(2^w - 1) << w], ...] -> BitShift right by [[0], [w], ...] -> [8 / w, n w / 8]
-    codes            =  (piece << lower bits) | ... - 2^(bits - 1)
+    codes            =  (piece << lower bits) | ... -> Split -> Reshape -> + smallest of the channel
 
+One chain serves all tensors because onnxruntime spends more time on a folded operator than on the bytes that it reads.
 The mask comes before the shift: OpenVINO shifts by multiplication, and rounds what should fall out of the byte.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -19,7 +22,7 @@ import numpy.typing as npt
 import onnx
 
 from onnx_lwdf.emit import dense
-from onnx_lwdf.emit.stored import Values, smallest
+from onnx_lwdf.emit.stored import Held, Values, smallest
 from onnx_lwdf.graph import Graph
 
 WIDTHS = (4, 2, 1)
@@ -34,47 +37,67 @@ class Piece:
     lower: int  # bits of the code below these
 
 
-def store(graph: Graph, stem: str, values: Values, bits: int, kind: int) -> str:
+def store(graph: Graph, tensors: Sequence[Values]) -> list[Held]:
     """The codes packed where that is smaller, operators included; 8-bit codes and floats as they are."""
-    packs = values.dtype == np.int8 and bits < 8
-    return smallest((dense.store, _store) if packs else (dense.store,), stem, values, bits, kind)(
-        graph, stem, values, bits, kind
-    )
+    held: dict[int, Held] = {}
+    for bits in sorted({values.bits for values in tensors}):
+        own = [place for place, values in enumerate(tensors) if values.bits == bits]
+        stores = (dense.store, _store) if bits < 8 else (dense.store,)
+        held.update(zip(own, smallest(stores, graph, [tensors[place] for place in own]), strict=True))
+    return [held[place] for place in range(len(tensors))]
 
 
-def pack(codes: npt.NDArray[np.int8], bits: int) -> list[Piece]:
-    """The pieces of all codes, in C order; the last bytes are filled up with the smallest code.
+def pack(codes: npt.NDArray[np.uint8], bits: int) -> list[Piece]:
+    """The pieces of all codes [n], each below 2^bits; the last bytes are filled up with zeros.
 
-    >>> [piece.data.tolist() for piece in pack(np.array([-4, 3, 0], np.int8), 3)]
+    >>> [piece.data.tolist() for piece in pack(np.array([0, 7, 4], np.uint8), 3)]
     [[8, 3], [2]]
     """
     widths = [width for width in WIDTHS if bits & width]
-    unsigned = (codes.ravel().astype(np.int16) + 2 ** (bits - 1)).astype(np.uint8)
-    unsigned = np.pad(unsigned, (0, -unsigned.size % (8 // widths[-1])))
+    filled = np.pad(codes, (0, -codes.size % (8 // widths[-1])))
     pieces, lower = [], bits
     for width in widths:
         lower -= width
-        rows = (unsigned >> lower & 2**width - 1).reshape(8 // width, -1)  # row k at bit k * width
+        rows = (filled >> lower & 2**width - 1).reshape(8 // width, -1)  # row k at bit k * width
         shifts = width * np.arange(8 // width, dtype=np.uint8)[:, None]
         pieces.append(Piece(np.bitwise_or.reduce(rows << shifts, axis=0), width, lower))
     return pieces
 
 
-def _store(graph: Graph, stem: str, values: Values, bits: int, kind: int) -> str:
-    pieces = pack(values.astype(np.int8), bits)
+def _store(graph: Graph, tensors: Sequence[Values]) -> list[Held]:
+    """Tensors of codes of one width below 8 bits."""
+    if not tensors:
+        return []
+    bits, least = tensors[0].bits, [_least(values) for values in tensors]
+    shifted = [values.data.astype(np.int16) - low for values, low in zip(tensors, least, strict=True)]
+    pieces = pack(np.concatenate([codes.ravel() for codes in shifted]).astype(np.uint8), bits)
+    stem = graph.unique(f"packed{bits}")
     parts = [_unpacked(graph, f"{stem}.bits{piece.width}", piece, pieces[0].width) for piece in pieces]
-    whole = parts[0]
+    row = parts[0]
     for part in parts[1:]:
-        whole = graph.add_folded("BitwiseOr", [whole, part])
-    # int8 cannot be subtracted in onnxruntime, floats can, and most weights are wanted as floats.
-    offset = graph.shared_constant(np.float32(2 ** (bits - 1)))
-    codes = graph.add_folded("Sub", [graph.add_folded("Cast", [whole], to=onnx.TensorProto.FLOAT), offset])
-    codes = codes if kind == onnx.TensorProto.FLOAT else graph.add_folded("Cast", [codes], to=kind)
-    if values.size < pieces[0].data.size * 8 // pieces[0].width:
-        flat = graph.add_folded("Reshape", [codes, graph.shared_constant(np.array([-1]))])
-        ends = [graph.shared_constant(np.array([end])) for end in (0, values.size)]
-        codes = graph.add_folded("Slice", [flat, *ends])
-    return graph.add_folded("Reshape", [codes, graph.shared_constant(np.array(values.shape))])
+        row = graph.add_folded("BitwiseOr", [row, part])
+    row = graph.add_folded("Reshape", [row, graph.shared_constant(np.array([-1]))])
+    sizes = [codes.size for codes in shifted]
+    filling = pieces[0].data.size * 8 // pieces[0].width - sum(sizes)
+    split = graph.add_split(row, [*sizes, filling] if filling else sizes)
+    return [_tensor(graph, values, codes, low, bits) for values, codes, low in zip(tensors, split, least, strict=False)]
+
+
+def _least(values: Values) -> npt.NDArray[np.int16]:
+    """The smallest code of each channel, of the values' rank."""
+    axes = tuple(axis for axis in range(values.data.ndim) if axis != values.axis)
+    return np.asarray(values.data.min(axis=axes, keepdims=True), np.int16)
+
+
+def _tensor(graph: Graph, values: Values, codes: str, least: npt.NDArray[np.int16], bits: int) -> Held:
+    """uint8 codes in a row -> the values. int8 cannot be added in onnxruntime; floats can, and most weights become floats."""
+    shaped = graph.add_folded("Reshape", [codes, graph.shared_constant(np.array(values.data.shape))])
+    low = graph.add_constant(f"{values.stem}.least", least.astype(np.int8))
+    floats = [graph.add_folded("Cast", [name], to=onnx.TensorProto.FLOAT) for name in (shaped, low)]
+    name = graph.add_folded("Add", floats)
+    if values.kind != onnx.TensorProto.FLOAT:
+        name = graph.add_folded("Cast", [name], to=values.kind)
+    return Held(name, -(-values.data.size * bits // 8) + least.size)
 
 
 def _unpacked(graph: Graph, stem: str, piece: Piece, first_width: int) -> str:
@@ -87,6 +110,6 @@ def _unpacked(graph: Graph, stem: str, piece: Piece, first_width: int) -> str:
         shape = graph.shared_constant(np.array([8 // first_width, -1]))
         part = graph.add_folded("Reshape", [part, shape])
     if piece.lower:
-        lower = graph.shared_constant(np.uint8(piece.lower))
+        lower = graph.shared_constant(np.array([[piece.lower]], np.uint8))
         part = graph.add_folded("BitShift", [part, lower], direction="LEFT")
     return part

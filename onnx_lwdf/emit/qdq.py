@@ -15,17 +15,18 @@ import numpy as np
 import numpy.typing as npt
 import onnx
 
-from onnx_lwdf.emit.stored import Rounded
+from onnx_lwdf.emit.stored import Held, Rounded
 from onnx_lwdf.graph import Graph
 from onnx_lwdf.ranges import ActivationGrid
 from onnx_lwdf.sites import Site, clip_bounds
 
 
-def weight(graph: Graph, stem: str, codes: str, rounded: Rounded) -> str:
-    """The float weight of an int8 tensor that holds its codes; the weight's name."""
+def weight(graph: Graph, stem: str, codes: Held, rounded: Rounded) -> Held:
+    """The float weight of an int8 tensor that holds its codes."""
     scale = graph.add_constant(f"{stem}.scale", rounded.scale)
     zero = graph.add_constant(f"{stem}.zero_point", np.zeros(rounded.scale.shape, np.int8))
-    return graph.add("DequantizeLinear", [codes, scale, zero], f"{stem}.stored", axis=rounded.axis)
+    name = graph.add("DequantizeLinear", [codes.tensor, scale, zero], f"{stem}.stored", axis=rounded.axis)
+    return Held(name, codes.bytes + rounded.scale.nbytes + rounded.scale.size)
 
 
 def bias(graph: Graph, stem: str, values: npt.NDArray[np.float64], rounded: Rounded, grid: ActivationGrid) -> str:

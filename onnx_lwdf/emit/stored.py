@@ -15,12 +15,6 @@ from onnx_lwdf.ranges import ActivationGrid
 
 OPERATOR_BYTES = 40  # that an operator must save, beside its own size, for the time that folding it takes at load
 
-Values = npt.NDArray[np.int8] | npt.NDArray[np.float32]  # codes, or a weight that stays float
-
-# Writes values under names that begin with a stem: (graph, stem, values, bits of the codes, ONNX type of the answer) -> the
-# name of a tensor of the same values and shape, int8 or float.
-Store = Callable[[Graph, str, Values, int, int], str]
-
 
 @dataclass(frozen=True, slots=True)
 class Rounded:
@@ -29,7 +23,7 @@ class Rounded:
     codes: npt.NDArray[np.int8]  # the shape of the model's weight
     scale: npt.NDArray[np.float32]  # [scales], along `axis`
     axis: int  # of the weight, along which the scales run
-    bits: int  # all codes are in code_range(bits)
+    bits: int  # the codes of one scale differ by less than 2^bits
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,17 +37,45 @@ class Stored:
     grid: ActivationGrid | None  # of the input; None: the input is float
 
 
-def smallest(stores: Sequence[Store], stem: str, values: Values, bits: int, kind: int) -> Store:
-    """The store that takes the fewest bytes of a file for these values; the first of equals.
+@dataclass(frozen=True, slots=True)
+class Values:
+    """A tensor to be written: codes, or a weight that stays float."""
 
-    Operators count, and a little more for the time that they take at load; constants that layers share do not.
+    stem: str  # of the names
+    data: npt.NDArray[np.int8] | npt.NDArray[np.float32]
+    bits: int  # of the codes; 32 of floats
+    axis: int | None  # along which the ranges of the codes differ; None: one range for all
+    kind: int  # ONNX type of what is rebuilt
+
+
+@dataclass(frozen=True, slots=True)
+class Held:
+    """A tensor of the graph that has the values, and the bytes of the data that it is made of."""
+
+    tensor: str
+    bytes: int
+
+
+# Writes tensors of any number, and answers one for one.
+Store = Callable[[Graph, Sequence[Values]], list[Held]]
+
+
+def smallest(stores: Sequence[Store], graph: Graph, tensors: Sequence[Values]) -> list[Held]:
+    """Each tensor by the store that takes the fewest bytes of a file for it alone; the first of equals.
+
+    Operators count, and a little more for the time that they take at load; constants that all share do not.
     """
-    return min(stores, key=lambda store: _file_bytes(store, stem, values, bits, kind))
+    chosen = [min(stores, key=lambda store: _file_bytes(store, values)) for values in tensors]
+    held: dict[int, Held] = {}
+    for store in stores:
+        own = [place for place, choice in enumerate(chosen) if choice is store]
+        held.update(zip(own, store(graph, [tensors[place] for place in own]), strict=True))
+    return [held[place] for place in range(len(tensors))]
 
 
-def _file_bytes(store: Store, stem: str, values: Values, bits: int, kind: int) -> int:
+def _file_bytes(store: Store, values: Values) -> int:
     scratch = Graph(onnx.ModelProto())
-    store(scratch, stem, values, bits, kind)
+    store(scratch, [values])
     own = [tensor for name, tensor in scratch.initializers.items() if name not in scratch.shared.values()]
     written = sum(proto.ByteSize() for proto in (*scratch.nodes, *own, *scratch.model.graph.sparse_initializer))
     return written + OPERATOR_BYTES * len(scratch.nodes)

@@ -26,7 +26,7 @@ import numpy as np
 
 from onnx_lwdf.activations.taps import Moments, Samples
 from onnx_lwdf.graph import Graph
-from onnx_lwdf.grid import nearest, search_scale
+from onnx_lwdf.grid import nearest, search_weight_grid
 from onnx_lwdf.layers import Bits, Layer, bias_of, set_bias, set_weight, weight_of
 from onnx_lwdf.precondition.channels import ChannelGroup
 from onnx_lwdf.ranges import search_grid
@@ -184,8 +184,8 @@ def _rounding(weight: F64, hessian: F64, bits: int | None) -> F64:
         return np.zeros(weight.shape[:2])
     rows = weight[:, :: max(1, -(-weight.shape[1] // MOST_ROWS))]
     importance = conditional_variances(hessian)
-    scale = search_scale(rows, importance, bits, None, np.zeros(rows.shape[:2]))
-    error = np.einsum("goi,gi->go", (nearest(rows, scale, bits) * scale[..., None] - rows) ** 2, importance)
+    grid = search_weight_grid(rows, importance, bits, None, np.zeros(rows.shape[:2]))
+    error = np.einsum("goi,gi->go", (nearest(rows, grid) * grid.scale[..., None] - rows) ** 2, importance)
     if rows.shape[1] == weight.shape[1]:
         return error
     return np.broadcast_to(error.mean(1, keepdims=True), weight.shape[:2])

@@ -11,10 +11,12 @@ The loss never rises. (COMQ, arXiv 2403.07134, descends in the same way from nea
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import numpy.typing as npt
 
-from onnx_lwdf.grid import code_range, storable
+from onnx_lwdf.grid import WeightGrid, storable
 from onnx_lwdf.solvers import gptq
 from onnx_lwdf.solvers.problem import F64, LayerProblem, LayerSolution, Mask, channel_loss, solution
 
@@ -25,34 +27,34 @@ BLOCK = 64
 
 def solve(problem: LayerProblem) -> LayerSolution:
     """Second-order rounding, then coordinate descent and fits of the scale in turn."""
-    return solution(problem, *refine(problem, None))
+    codes, grid, notes = refine(problem, None)
+    return solution(problem, codes, grid.scale, notes)
 
 
-def refine(problem: LayerProblem, mask: Mask | None) -> tuple[F64, F64, tuple[str, ...]]:
-    """Codes [groups, out, in], scale [groups, out] and notes of `solve`; codes outside the mask are 0."""
-    codes, scale, notes = gptq.start(problem, mask)
+def refine(problem: LayerProblem, mask: Mask | None) -> tuple[F64, WeightGrid, tuple[str, ...]]:
+    """Codes [groups, out, in], their grid and notes of `solve`; codes outside the mask are 0."""
+    codes, grid, notes = gptq.start(problem, mask)
     for _ in range(FITS):
-        codes = descend(problem, codes, scale, mask)
-        scale = _fitted(problem, codes, scale)
-    return descend(problem, codes, scale, mask), scale, notes
+        codes = descend(problem, codes, grid, mask)
+        grid = replace(grid, scale=_fitted(problem, codes, grid.scale))
+    return descend(problem, codes, grid, mask), grid, notes
 
 
-def descend(problem: LayerProblem, codes: F64, scale: F64, mask: Mask | None = None) -> F64:
+def descend(problem: LayerProblem, codes: F64, grid: WeightGrid, mask: Mask | None = None) -> F64:
     """Sweeps over all columns, within the mask, until nothing changes, [groups, out, in]."""
     codes = codes.copy()
     for _ in range(SWEEPS):
         changed = [
-            _block(problem, codes, scale, mask, slice(start, start + BLOCK))
-            for start in range(0, codes.shape[2], BLOCK)
+            _block(problem, codes, grid, mask, slice(start, start + BLOCK)) for start in range(0, codes.shape[2], BLOCK)
         ]
         if not any(changed):
             break
     return codes
 
 
-def _block(problem: LayerProblem, codes: F64, scale: F64, mask: Mask | None, block: slice) -> bool:
+def _block(problem: LayerProblem, codes: F64, grid: WeightGrid, mask: Mask | None, block: slice) -> bool:
     """One pass over a block of columns, in place; whether a code changed."""
-    low, high = code_range(problem.rounded_bits)
+    scale, low, high = grid.scale, grid.low, grid.high
     gradient = (problem.weight - scale[..., None] * codes) @ problem.hessian[:, :, block]  # [groups, out, block]
     inner = problem.hessian[:, block, block]
     curvature = np.einsum("gii->gi", inner)

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from onnx_lwdf.grid import code_range, nearest, search_scale
+from onnx_lwdf.grid import WeightGrid, nearest, search_weight_grid
 from onnx_lwdf.solvers.problem import F64, LayerProblem, LayerSolution, Mask, channel_loss, solution
 
 DAMPING = 0.01  # of the mean of H's diagonal, as in GPTQ
@@ -33,25 +33,25 @@ class _Pairs:
 
 
 def solve(problem: LayerProblem) -> LayerSolution:
-    """Second-order rounding on the scale of least weighted error; no channel is worse than by nearest rounding."""
-    return solution(problem, *start(problem))
+    """Second-order rounding on the grid of least weighted error; no channel is worse than by nearest rounding."""
+    codes, grid, notes = start(problem)
+    return solution(problem, codes, grid.scale, notes)
 
 
-def start(problem: LayerProblem, mask: Mask | None = None) -> tuple[F64, F64, tuple[str, ...]]:
-    """Codes [groups, out, in], scale [groups, out] and notes of `solve`; codes outside the mask are 0."""
+def start(problem: LayerProblem, mask: Mask | None = None) -> tuple[F64, WeightGrid, tuple[str, ...]]:
+    """Codes [groups, out, in], their grid and notes of `solve`; codes outside the mask are 0."""
     importance = np.diagonal(problem.hessian, axis1=1, axis2=2)  # [groups, in]
-    bits = problem.rounded_bits
-    scale = search_scale(problem.weight, importance, bits, problem.pair_limit, problem.scale_floor)
-    plain = nearest(problem.weight, scale, bits, problem.pair_limit)
-    codes, note = round_columns(problem, scale, mask)
+    grid = search_weight_grid(problem.weight, importance, problem.rounded_bits, problem.pair_limit, problem.scale_floor)
+    plain = nearest(problem.weight, grid, problem.pair_limit)
+    codes, note = round_columns(problem, grid, mask)
     if codes is None:
-        return plain, scale, (note,)
-    losses = [channel_loss(problem.weight, scale[..., None] * c, problem.hessian) for c in (codes, plain)]
+        return plain, grid, (note,)
+    losses = [channel_loss(problem.weight, grid.scale[..., None] * c, problem.hessian) for c in (codes, plain)]
     chosen = np.where((losses[0] <= losses[1])[..., None], codes, plain)
-    return chosen, scale, (note,) if note else ()
+    return chosen, grid, (note,) if note else ()
 
 
-def round_columns(problem: LayerProblem, scale: F64, mask: Mask | None = None) -> tuple[F64 | None, str]:
+def round_columns(problem: LayerProblem, grid: WeightGrid, mask: Mask | None = None) -> tuple[F64 | None, str]:
     """The codes [groups, out, in] and a note on damping; None where H cannot be factored at any damping."""
     order = np.argsort(-np.diagonal(problem.hessian, axis1=1, axis2=2), axis=1, kind="stable")  # [groups, in]
     weight = np.take_along_axis(problem.weight, order[:, None, :], 2)
@@ -62,7 +62,7 @@ def round_columns(problem: LayerProblem, scale: F64, mask: Mask | None = None) -
         if damping > MOST_DAMPING:
             return None, "H could not be factored; nearest rounding"
     allowed = None if mask is None else np.take_along_axis(mask, order[:, None, :], 2)
-    codes = _sweep(weight, factor, scale, problem.rounded_bits, _pairs(problem, order), allowed)
+    codes = _sweep(weight, factor, grid, _pairs(problem, order), allowed)
     note = "" if damping == DAMPING else f"damping {damping:g}"
     return np.take_along_axis(codes, np.argsort(order, axis=1)[:, None, :], 2), note
 
@@ -107,9 +107,9 @@ def _pairs(problem: LayerProblem, order: npt.NDArray[np.int64]) -> _Pairs | None
     return _Pairs(np.where(exists & (earlier < np.arange(order.shape[1])), earlier, -1), problem.pair_limit)
 
 
-def _sweep(weight: F64, factor: F64, scale: F64, bits: int, pairs: _Pairs | None, mask: Mask | None) -> F64:
+def _sweep(weight: F64, factor: F64, grid: WeightGrid, pairs: _Pairs | None, mask: Mask | None) -> F64:
     """Codes in the order of columns; `weight` is consumed."""
-    low, high = code_range(bits)
+    scale, low, high = grid.scale, grid.low, grid.high
     columns = weight.shape[2]
     codes = np.zeros(weight.shape)
     for start in range(0, columns, BLOCK):

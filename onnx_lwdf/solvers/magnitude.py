@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from onnx_lwdf.grid import nearest, search_scale
+from onnx_lwdf.grid import nearest, search_weight_grid
 from onnx_lwdf.solvers.mask import largest
 from onnx_lwdf.solvers.problem import F64, LayerProblem, LayerSolution, channel_loss, float_solution, solution
 
@@ -18,8 +18,8 @@ def solve(problem: LayerProblem) -> LayerSolution:
     if problem.bits is None:
         return float_solution(problem, weight)
     importance = np.diagonal(problem.hessian, axis1=1, axis2=2)
-    scale = search_scale(weight, importance, problem.bits, problem.pair_limit, problem.scale_floor)
-    return solution(problem, nearest(weight, scale, problem.bits, problem.pair_limit), scale)
+    grid = search_weight_grid(weight, importance, problem.bits, problem.pair_limit, problem.scale_floor)
+    return solution(problem, nearest(weight, grid, problem.pair_limit), grid.scale)
 
 
 def losses(problem: LayerProblem, sparsities: Sequence[float]) -> list[float]:

@@ -34,7 +34,8 @@ def solve(problem: LayerProblem) -> LayerSolution:
     mask, weight = prune(problem)
     if problem.bits is None:
         return float_solution(problem, weight)
-    return solution(problem, *descent.refine(replace(problem, weight=weight), mask))
+    codes, grid, notes = descent.refine(replace(problem, weight=weight), mask)
+    return solution(problem, codes, grid.scale, notes)
 
 
 def prune(problem: LayerProblem) -> tuple[Mask, F64]:

@@ -12,27 +12,27 @@ from __future__ import annotations
 import numpy as np
 import numpy.typing as npt
 
-from onnx_lwdf.grid import code_range, nearest, search_scale
+from onnx_lwdf.grid import WeightGrid, nearest, search_weight_grid
 from onnx_lwdf.solvers.problem import F64, LayerProblem, LayerSolution, solution
 
 
 def solve(problem: LayerProblem) -> LayerSolution:
     """Nearest rounding, then flips by kernel (where it has more than one position) and by output channel."""
     flat = np.ones((problem.weight.shape[0], problem.weight.shape[2]))  # no data: every input counts the same
-    scale = search_scale(problem.weight, flat, problem.rounded_bits, problem.pair_limit, problem.scale_floor)
-    exact = problem.weight / scale[..., None]
-    codes = nearest(problem.weight, scale, problem.rounded_bits, problem.pair_limit)
+    grid = search_weight_grid(problem.weight, flat, problem.rounded_bits, problem.pair_limit, problem.scale_floor)
+    exact = problem.weight / grid.scale[..., None]
+    codes = nearest(problem.weight, grid, problem.pair_limit)
     by_kernel = (*exact.shape[:2], problem.kernel, -1)  # [groups, out, kernel, channels]
     if problem.kernel > 1:
         error = (codes - exact).reshape(by_kernel).swapaxes(2, 3)  # [groups, out, channels, kernel]
-        open_ = _flippable(problem, exact, codes).reshape(by_kernel).swapaxes(2, 3)
+        open_ = _flippable(problem, grid, exact, codes).reshape(by_kernel).swapaxes(2, 3)
         flips = _flips(error, open_).swapaxes(2, 3).reshape(exact.shape)
         codes = codes - flips
-    codes = codes - _channel_flips(problem, exact, codes)
-    return solution(problem, codes, scale)
+    codes = codes - _channel_flips(problem, grid, exact, codes)
+    return solution(problem, codes, grid.scale)
 
 
-def _channel_flips(problem: LayerProblem, exact: F64, codes: F64) -> F64:
+def _channel_flips(problem: LayerProblem, grid: WeightGrid, exact: F64, codes: F64) -> F64:
     """At most one flip per kernel, of its element with the largest error of the sum's sign.
 
     Kernels whose own sum has that sign come first: their sums stay within 1. An element that the kernel stage flipped
@@ -40,7 +40,7 @@ def _channel_flips(problem: LayerProblem, exact: F64, codes: F64) -> F64:
     """
     error = codes - exact
     sign = np.sign(error.sum(-1, keepdims=True))
-    able = _flippable(problem, exact, codes)
+    able = _flippable(problem, grid, exact, codes)
     if problem.kernel == 1:
         return _flips(error, able)
     gain = np.where(able & (error * sign > 0), error * sign, -1.0)
@@ -71,11 +71,10 @@ def _rank(values: F64) -> npt.NDArray[np.int64]:
     return rank
 
 
-def _flippable(problem: LayerProblem, exact: F64, codes: F64) -> npt.NDArray[np.bool_]:
+def _flippable(problem: LayerProblem, grid: WeightGrid, exact: F64, codes: F64) -> npt.NDArray[np.bool_]:
     """Whether an element may move one code towards the other neighbour of its exact value."""
-    low, high = code_range(problem.rounded_bits)
     moved = codes - np.sign(codes - exact)
-    able = (moved >= low) & (moved <= high) & (np.abs(codes - exact) < 1)
+    able = (moved >= grid.low[..., None]) & (moved <= grid.high[..., None]) & (np.abs(codes - exact) < 1)
     if problem.pair_limit is None:
         return able
     even = codes.shape[-1] // 2 * 2

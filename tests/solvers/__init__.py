@@ -34,8 +34,31 @@ def loss_by_definition(weight: F64, stored: F64, hessian: F64) -> F64:
     return np.asarray(np.einsum("goi,gij,goj->go", weight - stored, hessian, weight - stored))
 
 
-def least_loss(problem: LayerProblem, scale: F64, codes: range) -> F64:
-    """The least loss that any codes reach on this scale, [groups, out], by trying all of them."""
+def signed_range(bits: int) -> tuple[int, int]:
+    """The codes of a symmetric grid."""
+    high = 2 ** (bits - 1) - 1
+    return (-127 if bits == 8 else -high - 1), high
+
+
+def spread(codes: npt.NDArray[np.int8]) -> npt.NDArray[np.int64]:
+    """From the smallest to the largest code of each channel, 0 among them, [groups, out]."""
+    wide = codes.astype(np.int64)
+    return np.asarray(wide.max(-1, initial=0) - wide.min(-1, initial=0))
+
+
+def least_loss(problem: LayerProblem, scale: F64, bits: int) -> F64:
+    """The least loss that any codes reach on this scale, [groups, out], by trying all of them.
+
+    Where pairs are limited the grid is symmetric, elsewhere any 2^bits codes in a row with 0 among them will do.
+    """
+    low = signed_range(bits)[0]
+    if problem.pair_limit is not None:
+        return _least_loss(problem, scale, range(low, low + 2**bits))
+    windows = [range(start, start + 2**bits) for start in range(1 - 2**bits, 1)]
+    return np.asarray(np.min([_least_loss(problem, scale, window) for window in windows], axis=0))
+
+
+def _least_loss(problem: LayerProblem, scale: F64, codes: range) -> F64:
     every = np.array(list(product(codes, repeat=problem.weight.shape[2])), np.float64)
     limit = np.inf if problem.pair_limit is None else problem.pair_limit
     even = every.shape[1] // 2 * 2

@@ -6,10 +6,10 @@ import numpy as np
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from onnx_lwdf.grid import code_range
+from onnx_lwdf.grid import WeightGrid
 from onnx_lwdf.solvers import descent, gptq, rtn
 
-from . import loss_by_definition, random_problem
+from . import loss_by_definition, random_problem, signed_range
 
 fuzz = settings(max_examples=25, deadline=None, derandomize=True)
 seeds = st.integers(0, 2**32 - 1)
@@ -18,10 +18,12 @@ seeds = st.integers(0, 2**32 - 1)
 @fuzz
 @given(seeds, st.integers(2, 8), st.booleans())
 def test_the_loss_never_rises(seed: int, bits: int, limited: bool) -> None:
-    limit = code_range(bits)[1] + 1 if limited else None
+    limit = signed_range(bits)[1] + 1 if limited else None
     problem = random_problem(seed, groups=2, channels=9, bits=bits, pair_limit=limit)
     for start in (gptq.solve(problem), rtn.solve(problem)):
-        codes = descent.descend(problem, start.rounding.codes.astype(np.float64), start.rounding.scale)
+        codes = start.rounding.codes.astype(np.float64)
+        grid = WeightGrid(start.rounding.scale, codes.min(-1, initial=0), bits)
+        codes = descent.descend(problem, codes, grid)
         before, after = (
             loss_by_definition(problem.weight, start.rounding.scale[..., None] * c, problem.hessian)
             for c in (start.rounding.codes, codes)
@@ -37,13 +39,14 @@ def test_no_change_of_one_code_lowers_the_loss(seed: int, limit: int | None) -> 
     answer = descent.solve(problem)
     reached = loss_by_definition(problem.weight, answer.weight, problem.hessian)
     for column in range(5):
-        for code in range(-4, 4):
+        for code in range(-7, 8):
             codes = answer.rounding.codes.astype(np.float64)
+            inside = (codes.min(-1, initial=0) <= code) & (code <= codes.max(-1, initial=0))  # on the grid for sure
             codes[..., column] = code
             partner = column ^ 1
             allowed = limit is None or partner > 4 or np.abs(codes[..., column] + codes[..., partner]) <= limit
             changed = loss_by_definition(problem.weight, answer.rounding.scale[..., None] * codes, problem.hessian)
-            assert np.all((changed >= reached * (1 - 1e-6)) | ~np.asarray(allowed))
+            assert np.all((changed >= reached * (1 - 1e-6)) | ~(inside & allowed))
 
 
 @fuzz
@@ -77,6 +80,7 @@ def test_blocks_do_not_show() -> None:
     for column in rng.choice(descent.BLOCK + 20, 20, replace=False):
         for step in (-1, 1):
             codes = answer.rounding.codes.astype(np.float64)
-            codes[..., column] = np.clip(codes[..., column] + step, -4, 3)
+            low, high = codes.min(-1, initial=0), codes.max(-1, initial=0)
+            codes[..., column] = np.clip(codes[..., column] + step, low, high)
             changed = loss_by_definition(problem.weight, answer.rounding.scale[..., None] * codes, problem.hessian)
             assert np.all(changed >= loss_by_definition(problem.weight, answer.weight, problem.hessian) * (1 - 1e-6))

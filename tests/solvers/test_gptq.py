@@ -5,6 +5,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
+from onnx_lwdf.grid import symmetric
 from onnx_lwdf.solvers import gptq, rtn
 
 from . import random_problem
@@ -36,7 +37,7 @@ def test_codes_are_those_of_plain_elimination(channels: int) -> None:
         problem, weight=problem.weight[..., order], hessian=problem.hessian[:, order][:, :, order], pair_limit=None
     )
     scale = np.abs(problem.weight).max(-1) / 4
-    codes, note = gptq.round_columns(problem, scale)
+    codes, note = gptq.round_columns(problem, symmetric(scale, 3))
     assert codes is not None
     assert note == ""
     damped = problem.hessian[0] + gptq.DAMPING * np.mean(np.diagonal(problem.hessian[0])) * np.eye(channels)
@@ -48,7 +49,8 @@ def test_correlated_inputs_share_their_errors() -> None:
     """Inputs that are always equal: only the sum of their weights counts, and it is met to half a code."""
     problem = random_problem(0, out=50, channels=10, bits=4)
     weight = problem.weight.copy()
-    weight[..., -1] = 0  # the last column has room for what the others leave: it is not clipped
+    ends = weight.min(-1), weight.max(-1)
+    weight[..., -1] = np.mean(ends, axis=0)  # the last column has room for what the others leave: it is not clipped
     problem = replace(problem, weight=weight, hessian=np.ones((1, 10, 10)))
     answer = gptq.solve(problem)
     assert np.abs((answer.weight - problem.weight).sum(-1) / answer.rounding.scale).max() <= 0.5 + 0.02  # damping

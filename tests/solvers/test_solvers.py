@@ -10,11 +10,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from onnx_lwdf.grid import code_range, nearest
 from onnx_lwdf.solvers import SOLVERS, Solver
 from onnx_lwdf.solvers.problem import LayerProblem, LayerSolution
 
-from . import least_loss, loss_by_definition, pair_sums, random_problem
+from . import least_loss, loss_by_definition, pair_sums, random_problem, signed_range, spread
 
 fuzz = settings(max_examples=25, deadline=None, derandomize=True)
 seeds = st.integers(0, 2**32 - 1)
@@ -53,14 +52,18 @@ def test_the_reported_loss_is_its_definition(solve: Solver, seed: int, bits: int
 def test_codes_are_in_range_and_no_pair_is_over_the_limit(
     solve: Solver, seed: int, bits: int, kernel: int, channels: int, limited: bool
 ) -> None:
-    limit = code_range(bits)[1] + 1 if limited else None  # 128 at 8 bits
+    limit = signed_range(bits)[1] + 1 if limited else None  # 128 at 8 bits
     problem = random_problem(seed, groups=2, kernel=kernel, channels=channels, bits=bits, pair_limit=limit)
     # Neighbours alike: without this few pairs meet the limit.
     problem = replace(problem, weight=np.abs(problem.weight) + 1.0)
     answer = solve(problem)
-    low, high = code_range(bits)
     assert answer.rounding.codes.dtype == np.int8
-    assert low <= answer.rounding.codes.min() <= answer.rounding.codes.max() <= high
+    assert spread(answer.rounding.codes).max() < 2**bits
+    if limited or bits > 6:
+        low, high = signed_range(bits)
+        assert low <= answer.rounding.codes.min() <= answer.rounding.codes.max() <= high
+    elif kernel * channels > 1:
+        assert pair_sums(answer.rounding.codes).max(initial=0) <= 128  # what a kernel without VNNI can add
     assert limit is None or pair_sums(answer.rounding.codes).max(initial=0) <= limit
     assert np.all(answer.rounding.scale > 0)
     assert np.array_equal(answer.rounding.scale, answer.rounding.scale.astype(np.float32))
@@ -81,7 +84,7 @@ def test_the_scale_keeps_its_floor(solve: Solver, seed: int) -> None:
 def test_no_loss_is_below_the_best_of_all_codes(solve: Solver, seed: int, width: int, limit: int | None) -> None:
     problem = random_problem(seed, out=6, channels=width, bits=2, pair_limit=limit)
     answer = solve(problem)
-    least = least_loss(problem, answer.rounding.scale, range(-2, 2))
+    least = least_loss(problem, answer.rounding.scale, 2)
     assert np.all(channel_losses(problem, answer) >= least * (1 - 1e-9) - 1e-12)
 
 
@@ -93,8 +96,8 @@ def test_the_loss_is_close_to_the_best_of_all_codes(solve: Solver, limit: int | 
         problem = random_problem(seed, out=6, channels=3, bits=2, pair_limit=limit)
         answer = solve(problem)
         reached += answer.loss
-        least += float(least_loss(problem, answer.rounding.scale, range(-2, 2)).sum())
-    assert reached < 1.1 * least  # measured: 1.00 to 1.04
+        least += float(least_loss(problem, answer.rounding.scale, 2).sum())
+    assert reached < 1.2 * least  # measured: 1.00 to 1.14, against the best of all ranges of codes too
 
 
 @with_data
@@ -104,14 +107,18 @@ def test_uncorrelated_inputs_of_equal_size_give_nearest_rounding(solve: Solver, 
     problem = random_problem(seed, groups=2, bits=bits)
     problem = replace(problem, hessian=np.tile(np.eye(problem.weight.shape[2]), (2, 1, 1)))
     answer = solve(problem)
-    np.testing.assert_array_equal(answer.rounding.codes, nearest(problem.weight, answer.rounding.scale, bits))
+    codes = answer.rounding.codes
+    assert spread(codes).max() < 2**bits
+    nearest = np.rint(problem.weight / answer.rounding.scale[..., None])
+    # Where a weight was clipped, its code is the end of the range.
+    np.testing.assert_array_equal(codes, np.clip(nearest, codes.min(-1, keepdims=True), codes.max(-1, keepdims=True)))
 
 
 @on_hessian
 @fuzz
 @given(seeds, bit_widths, st.booleans())
 def test_no_channel_is_worse_than_by_nearest_rounding(solve: Solver, seed: int, bits: int, limited: bool) -> None:
-    limit = code_range(bits)[1] + 1 if limited else None
+    limit = signed_range(bits)[1] + 1 if limited else None
     problem = random_problem(seed, groups=3, channels=7, bits=bits, pair_limit=limit)
     mine, plain = (channel_losses(problem, s(problem)) for s in (solve, SOLVERS["rtn"].solve))
     assert np.all(mine <= plain * (1 + 1e-9))

@@ -7,11 +7,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from onnx_lwdf.grid import code_range, nearest
+from onnx_lwdf.grid import nearest, symmetric
 from onnx_lwdf.solvers import squant
 from onnx_lwdf.solvers.problem import LayerProblem
 
-from . import pair_sums
+from . import pair_sums, signed_range
 
 fuzz = settings(max_examples=60, deadline=None, derandomize=True)
 seeds = st.integers(0, 2**32 - 1)
@@ -19,14 +19,15 @@ HALF = 0.5 + 1e-9  # sums of up to a hundred errors in float64
 
 
 def in_codes(exact: np.ndarray, kernel: int, bits: int = 8, limit: int | None = None) -> LayerProblem:
-    """Weights in units of codes; `solved` pins the scale to 1."""
+    """Weights in units of codes; `solved` pins the grid to whole numbers."""
     flat = np.asarray(exact, np.float64).reshape(-1, np.shape(exact)[-1])
     width = flat.shape[1]
     return LayerProblem(flat[None], np.eye(width)[None], bits, np.zeros((1, len(flat))), kernel, limit)
 
 
 def solved(problem: LayerProblem) -> np.ndarray:
-    with patch.object(squant, "search_scale", lambda weight, *_: np.ones(weight.shape[:2])):
+    grid = symmetric(np.ones(problem.weight.shape[:2]), problem.rounded_bits)
+    with patch.object(squant, "search_weight_grid", lambda *_: grid):
         return squant.solve(problem).rounding.codes.astype(np.float64)
 
 
@@ -44,7 +45,7 @@ def test_where_nothing_is_clipped_all_sums_obey_the_law(seed: int, kernel: int, 
 @fuzz
 @given(seeds, st.integers(2, 4), st.sampled_from([1, 4]), st.booleans())
 def test_where_codes_are_clipped_no_channel_sum_grows(seed: int, bits: int, kernel: int, limited: bool) -> None:
-    low, high = code_range(bits)
+    low, high = signed_range(bits)
     limit = high + 1 if limited else None
     exact = np.random.default_rng(seed).uniform(low, high, size=(16, kernel * 5))
     problem = in_codes(exact, kernel, bits, limit)
@@ -52,7 +53,8 @@ def test_where_codes_are_clipped_no_channel_sum_grows(seed: int, bits: int, kern
     assert low <= codes.min() <= codes.max() <= high
     assert limit is None or pair_sums(codes).max() <= limit
     before, after = (
-        np.abs((c - problem.weight).sum(-1)) for c in (nearest(problem.weight, np.ones((1, 16)), bits, limit), codes)
+        np.abs((c - problem.weight).sum(-1))
+        for c in (nearest(problem.weight, symmetric(np.ones((1, 16)), bits), limit), codes)
     )
     if kernel == 1:
         assert np.all(after <= np.maximum(before, HALF))
@@ -61,7 +63,7 @@ def test_where_codes_are_clipped_no_channel_sum_grows(seed: int, bits: int, kern
 @fuzz
 @given(seeds, st.integers(2, 4))
 def test_a_sum_over_the_law_has_no_flip_left(seed: int, bits: int) -> None:
-    low, high = code_range(bits)
+    low, high = signed_range(bits)
     exact = np.random.default_rng(seed).normal(size=(16, 8)) * high / 1.5
     problem = in_codes(exact, 1, bits)
     error = solved(problem)[0] - problem.weight[0]
