@@ -48,12 +48,13 @@ def smallest(stores: Sequence[Store], stem: str, values: Values, bits: int, kind
 
     Operators count, and a little more for the time that they take at load; constants that layers share do not.
     """
-    return min(stores, key=lambda store: _file_bytes(store, stem, values, bits, kind))
+    return min(stores, key=lambda store: stored_bytes(store, stem, values, bits, kind, OPERATOR_BYTES))
 
 
-def _file_bytes(store: Store, stem: str, values: Values, bits: int, kind: int) -> int:
+def stored_bytes(store: Store, stem: str, values: Values, bits: int, kind: int, operator: int = 0) -> int:
+    """What the store adds to a file, and so many bytes more for each operator."""
     scratch = Graph(onnx.ModelProto())
     store(scratch, stem, values, bits, kind)
     own = [tensor for name, tensor in scratch.initializers.items() if name not in scratch.shared.values()]
     written = sum(proto.ByteSize() for proto in (*scratch.nodes, *own, *scratch.model.graph.sparse_initializer))
-    return written + OPERATOR_BYTES * len(scratch.nodes)
+    return written + operator * len(scratch.nodes)
