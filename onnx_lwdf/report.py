@@ -102,7 +102,7 @@ class Report:
                 "output_db": _rounded(self.output_db),
                 "outputs": {name: _rounded(value) for name, value in self.outputs.items()},
             },
-            "tradeoff": [_plain(asdict(point)) for point in self.tradeoff],
+            "tradeoff": [asdict(point) | {"predicted_db": _rounded(point.predicted_db)} for point in self.tradeoff],
             "warnings": list(self.warnings),
         }
 

@@ -10,30 +10,32 @@ measured once. The bits are the exact solution of a knapsack: least noise within
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 
 import numpy as np
 from threadpoolctl import threadpool_limits
 
-from onnx_lwdf.activations.taps import Feed, Samples
+from onnx_lwdf.activations.taps import Feed, Moments, Samples
 from onnx_lwdf.config import BITS, Config
 from onnx_lwdf.emit import file_bytes, qdq, weight_bytes
 from onnx_lwdf.graph import Graph
 from onnx_lwdf.influence import influences, numbers, power_share, relative_error, relative_loss
 from onnx_lwdf.knapsack import knapsack
 from onnx_lwdf.layers import Bits, Layer, Pruning, find_layers, set_bias
-from onnx_lwdf.layerwise import Solved, patch_moments, pose, unrounded
+from onnx_lwdf.layerwise import Solved, Task, patch_moments, pose, unrounded
 from onnx_lwdf.ranges import ActivationGrid
 from onnx_lwdf.runtime import open_session, run
 from onnx_lwdf.sites import Site
 from onnx_lwdf.solvers import SOLVERS
-from onnx_lwdf.solvers.problem import F64, channel_loss
+from onnx_lwdf.solvers.problem import channel_loss
 
 MOST_ROWS = 64  # output channels of a layer, for its curve
 FRONT = 12  # points of the trade-off that are reported
 MIDDLE = 5  # bits that the preconditioning expects where no size says how many there will be
+
+LEAST_NOISE = 1e-30  # that a number of decibels is given for
 
 Plan = Mapping[str, Bits]
 
@@ -102,39 +104,79 @@ def choose_bits(
         influence = dict.fromkeys(influence, 1.0)
     exact = [unrounded(pose(graph, layer, plan[layer.name], Pruning(), grids, samples, config)) for layer in layers]
     floor, share = _grid_noise(graph, exact, sizes.sites, grids, feed, sizes.signed)
-    choices = {layer.name: list(BITS) if plan[layer.name].free else [plan[layer.name].weight or 0] for layer in layers}
+    bits = [list(BITS) if plan[layer.name].free else [plan[layer.name].weight or BITS.stop] for layer in layers]
 
-    def curve(layer: Layer) -> list[float]:
-        errors = (
-            _error(graph, layer, replace(plan[layer.name], weight=bits), pruning[layer.name], grids, samples, config)
-            for bits in choices[layer.name]
+    def curve(layer: Layer, row: Sequence[int]) -> list[float]:
+        tasks = (
+            pose(graph, layer, replace(plan[layer.name], weight=b), pruning[layer.name], grids, samples, config)
+            for b in row
         )
-        return [influence[layer.name] * error for error in errors]
+        return [influence[layer.name] * _error(task, samples.moments[layer.name]) for task in tasks]
 
     with threadpool_limits(limits=1), ThreadPoolExecutor(config.jobs) as pool:
-        noises = list(pool.map(curve, layers))
-    widths = [[sizes.of_weight(layer, bits) for bits in choices[layer.name]] for layer in layers]
+        noises = list(pool.map(curve, layers, bits))
+    choices = _Choices(plan, sizes, bits, noises, floor, share)
+    answer = choices.within(most) if most is not None else choices.holding(config.fail_under or 0.0)
+    return choices.plan_of(answer), choices.front(answer)
 
-    def planned(chosen: Sequence[int]) -> Plan:
-        bits = {layer.name: choices[layer.name][index] for layer, index in zip(layers, chosen, strict=True)}
-        return {name: replace(of, weight=bits[name]) if name in bits else of for name, of in plan.items()}
 
-    def point(chosen: Sequence[int], marked: bool = False) -> Point:
-        noise = floor + sum(row[index] for row, index in zip(noises, chosen, strict=True))
-        return Point(sizes.of_file(planned(chosen)), -10 * math.log10(max(noise * share, 1e-30)), marked)
+class _Choices:
+    """What bits each layer may have, what they cost and what they take; a solution is one index for each layer."""
 
-    def within(limit: int) -> list[int]:
-        return _within(noises, widths, limit, lambda chosen: sizes.of_file(planned(chosen)))
+    def __init__(
+        self,
+        plan: Plan,
+        sizes: Sizes,
+        bits: Sequence[Sequence[int]],
+        noises: Sequence[Sequence[float]],
+        floor: float,
+        share: float,
+    ) -> None:
+        """bits, noises [layers][choices]; floor: the noise that is there in any case; share: of power in dB's terms."""
+        self._plan, self._sizes, self._bits, self._noises = plan, sizes, bits, noises
+        self._floor, self._share = floor, share
+        self._widths = [[sizes.of_weight(layer, b) for b in row] for layer, row in zip(sizes.layers, bits, strict=True)]
 
-    if most is not None:
-        answer = within(most)
-    else:
-        allowed = 10 ** (-(config.fail_under or 0.0) / 10) / share - floor
-        cheapest = knapsack(widths, noises, allowed) if allowed > 0 else None
-        answer = cheapest if cheapest is not None else _least(noises, widths)
-    ends = [sizes.of_file(planned(chosen)) for chosen in (_least(widths, noises), _least(noises, widths))]
-    front = [point(within(round(limit))) for limit in np.linspace(ends[0], ends[1], FRONT)]
-    return planned(answer), _front([*front, point(answer, marked=True)])
+    def plan_of(self, chosen: Sequence[int]) -> Plan:
+        layers = zip(self._sizes.layers, self._bits, chosen, strict=True)
+        return {**self._plan, **{of.name: replace(self._plan[of.name], weight=row[i]) for of, row, i in layers}}
+
+    def within(self, most: int) -> list[int]:
+        """The least noise whose file fits; the smallest file where none does.
+
+        Files also hold constants that layers share, so that sizes do not quite add up: what is over comes off the limit.
+        """
+        smallest = _least(self._widths, self._noises)
+        limit = _total(self._widths, smallest) + most - self._size(smallest)
+        while (found := knapsack(self._noises, self._widths, limit)) is not None:
+            over = self._size(found) - most
+            if over <= 0:
+                return found
+            limit -= over
+        return smallest
+
+    def holding(self, decibels: float) -> list[int]:
+        """The smallest file that is predicted to hold them; the least noise where none does."""
+        found = knapsack(self._widths, self._noises, 10 ** (-decibels / 10) / self._share - self._floor)
+        return _least(self._noises, self._widths) if found is None else found
+
+    def front(self, answer: Sequence[int]) -> tuple[Point, ...]:
+        """The best files between the smallest and the best of all, and the answer, sizes rising."""
+        ends = [self._size(_least(*tables)) for tables in ((self._widths, self._noises), (self._noises, self._widths))]
+        points = [self._point(self.within(round(most)), False) for most in np.linspace(ends[0], ends[1], FRONT)]
+        points.append(self._point(answer, True))
+        kept: list[Point] = []
+        for point in sorted(points, key=lambda point: (point.bytes, -point.predicted_db, not point.chosen)):
+            if point.chosen or not kept or point.predicted_db > kept[-1].predicted_db:
+                kept.append(point)
+        return tuple(kept)
+
+    def _size(self, chosen: Sequence[int]) -> int:
+        return self._sizes.of_file(self.plan_of(chosen))
+
+    def _point(self, chosen: Sequence[int], answer: bool) -> Point:
+        noise = self._share * (self._floor + _total(self._noises, chosen))
+        return Point(self._size(chosen), -10 * math.log10(max(noise, LEAST_NOISE)), answer)
 
 
 def _least(table: Sequence[Sequence[float]], then: Sequence[Sequence[float]]) -> list[int]:
@@ -142,48 +184,14 @@ def _least(table: Sequence[Sequence[float]], then: Sequence[Sequence[float]]) ->
     return [int(np.lexsort((other, row))[0]) for row, other in zip(table, then, strict=True)]
 
 
-def _within(
-    noises: Sequence[Sequence[float]],
-    widths: Sequence[Sequence[int]],
-    most: int,
-    size: Callable[[Sequence[int]], int],
-) -> list[int]:
-    """The choices of least noise whose file fits; the smallest file where none does.
-
-    Files also hold constants that layers share, so that sizes do not quite add up: what is over comes off the limit.
-    """
-    chosen = _least(widths, noises)
-    limit = sum(row[index] for row, index in zip(widths, chosen, strict=True)) + most - size(chosen)
-    while (found := knapsack(noises, widths, limit)) is not None:
-        over = size(found) - most
-        if over <= 0:
-            return found
-        limit -= over
-    return chosen
+def _total(table: Sequence[Sequence[float]], chosen: Sequence[int]) -> float:
+    return sum(row[index] for row, index in zip(table, chosen, strict=True))
 
 
-def _front(points: Sequence[Point]) -> tuple[Point, ...]:
-    """Those that no smaller one equals, and the chosen one, sizes rising."""
-    kept: list[Point] = []
-    for point in sorted(points, key=lambda point: (point.bytes, -point.predicted_db, not point.chosen)):
-        if point.chosen or not kept or point.predicted_db > kept[-1].predicted_db:
-            kept.append(point)
-    return tuple(kept)
-
-
-def _error(
-    graph: Graph,
-    layer: Layer,
-    bits: Bits,
-    pruning: Pruning,
-    grids: Mapping[str, ActivationGrid],
-    samples: Samples,
-    config: Config,
-) -> float:
-    """The relative error of the layer's output, its mean corrected, with the weight that the method finds at these bits."""
-    task = pose(graph, layer, bits, pruning, grids, samples, config)
+def _error(task: Task, moments: Moments) -> float:
+    """The relative error of the layer's output, its mean corrected, with the weight that the task's method finds."""
     problem = task.problem.thinned(MOST_ROWS)
-    covariance: F64 = patch_moments(layer, samples.moments[layer.name], around_mean=True)[1]
+    covariance = patch_moments(task.layer, moments, around_mean=True)[1]
     stored = SOLVERS[task.method].solve(problem).weight
     return relative_loss(float(channel_loss(problem.weight, stored, covariance).sum()), problem.weight, covariance)
 
@@ -208,7 +216,6 @@ def _grid_noise(
             set_bias(twin, layer, biases[layer.name])
     qdq.activations(twin, sites, grids, signed)
     twin.commit()
-    session = open_session(
-        twin.model, optimize=False, arena=False
-    )  # optimized, onnxruntime would round float weights too
+    # Optimized, onnxruntime would round the float weights between the grids too.
+    session = open_session(twin.model, optimize=False, arena=False)
     return relative_error(exact, numbers(run(session, feed))), power_share(exact)
