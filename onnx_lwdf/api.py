@@ -321,7 +321,7 @@ def _planned(prepared: Prepared, layer: Layer, config: Config) -> LayerReport:
         op=layer.op,
         shape=weight.shape,
         status="compressed",
-        reason="; ".join(filter(None, (pruning.note, "at most; chosen by what they cost" if bits.free else ""))),
+        reason="; ".join(filter(None, (pruning.note, "or fewer bits, by what they cost" if bits.free else ""))),
         statistics=prepared.origins[layer.name],
         method=method_of(config, bits, pruning.asked),
         weight_bits=bits.weight,
