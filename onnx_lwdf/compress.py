@@ -155,8 +155,7 @@ def _solve(source: Source, prepared: Prepared, chunks: Sequence[Feed], config: C
     grids = choose_grids(graph, layers, sites, samples, prepared.inputs, config)
     tradeoff: tuple[Point, ...] = ()
     if config.auto_bits:
-        given = graph, layers, plan, pruning, grids, samples, chunks[0], sizes, config, most
-        plan, tradeoff = choose_bits(*given)
+        plan, tradeoff = choose_bits(graph, layers, plan, pruning, grids, samples, chunks[0], sizes, config, most)
         on_layer(Progress("bits", "", 1, 1))
     solved: list[Solved] = []
     for answer in solve_layers(graph, layers, plan, pruning, grids, samples, config):
