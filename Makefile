@@ -4,7 +4,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 ENV := .venv/.ready
 
-.PHONY: demo test test-oldest lint bench clean
+.PHONY: demo test test-oldest lint bench bench-methods clean
 
 demo: $(ENV)
 	@mkdir -p build
@@ -30,6 +30,11 @@ lint: $(ENV)
 
 bench: $(ENV)
 	$(BIN)/python bench/compare.py
+
+# With a folder of photographs: make bench-methods IMAGES=folder
+bench-methods: $(ENV)
+	$(BIN)/python -m pip install --quiet --editable '.[bench]'
+	$(BIN)/python bench/methods.py --out build $(if $(IMAGES),--images $(IMAGES))
 
 $(ENV): pyproject.toml
 	$(PYTHON) -m venv .venv

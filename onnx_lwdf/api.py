@@ -18,8 +18,9 @@ from onnx_lwdf.errors import GateError, OptionError
 from onnx_lwdf.layers import Layer, Skipped, output_axis
 from onnx_lwdf.layerwise import Solved, method_of
 from onnx_lwdf.report import LayerReport, Report
+from onnx_lwdf.tradeoff import Point
 
-FLOAT = "float"
+AUTO, FLOAT = "auto", "float"
 DEFAULT_BITS = 8
 
 
@@ -43,7 +44,7 @@ def compress(
     model: str | Path | onnx.ModelProto,
     output: str | Path | None = None,
     *,
-    bits: int | None = None,
+    bits: int | str | None = None,
     weight_bits: int | None = None,
     activation_bits: int | str | None = None,
     bits_for: Mapping[str, int] | None = None,
@@ -63,6 +64,7 @@ def compress(
     input_mean: Sequence[float] | None = None,
     input_std: Sequence[float] | None = None,
     fail_under: float | None = None,
+    max_size: float | None = None,
     jobs: int | None = None,
     samples: int = 64,
     seed: int = 0,
@@ -73,14 +75,17 @@ def compress(
     """Compress a model, and write it where `output` is given. The words are those of the command line.
 
     `bits` stands for `weight_bits` and `activation_bits` where they are not given, and is 8 where nothing else is asked
-    for; `activation_bits="float"` compresses the weights alone. `sparsity` (a share of all weights), `nm` (N of every M
-    input channels stay) and `sparsity_for` (a layer's own share) zero weights, `channels` (a share of all channels)
-    removes them; without any bits these round nothing. `recalibrate` gives the channels of every convolution the means
-    and deviations back that they have in the float network.
+    for; `activation_bits="float"` compresses the weights alone. `bits="auto"` gives each weight 2 to 8 bits, so that the
+    file has at most `max_size` (bytes, or a share of the source's size where it is at most 1) at the least predicted
+    error, or without it is the smallest that is predicted to hold `fail_under`; `max_size` alone means it.
+    `sparsity` (a share of all weights), `nm` (N of every M input channels stay) and `sparsity_for` (a layer's own share)
+    zero weights, `channels` (a share of all channels) removes them; without any bits these round nothing. `recalibrate`
+    gives the channels of every convolution the means and deviations back that they have in the float network.
     `on_layer` is called after each step with a `Progress`.
 
     Raises ModelError where the model cannot be read, compressed or written, OptionError where an option is wrong, and
-    Gate (with the result; the file is written) where `fail_under` dB are not reached at an output.
+    Gate (with the result; the file is written) where `fail_under` dB are not reached at an output, or the file is larger
+    than `max_size`.
     """
     config = configure(
         bits=bits,
@@ -103,6 +108,7 @@ def compress(
         input_mean=input_mean,
         input_std=input_std,
         fail_under=fail_under,
+        max_size=max_size,
         jobs=jobs,
         samples=samples,
         seed=seed,
@@ -113,7 +119,7 @@ def compress(
 
 def configure(
     *,
-    bits: int | None,
+    bits: int | str | None,
     weight_bits: int | None,
     activation_bits: int | str | None,
     bits_for: Mapping[str, int],
@@ -133,6 +139,7 @@ def configure(
     input_mean: Sequence[float] | None,
     input_std: Sequence[float] | None,
     fail_under: float | None,
+    max_size: float | None,
     jobs: int | None,
     samples: int,
     seed: int,
@@ -140,11 +147,17 @@ def configure(
 ) -> Config:
     """The words of `compress` as a validated Config."""
     prunes = bool(sparsity or nm or channels or any(sparsity_for.values()))
-    if bits is None and not (prunes and weight_bits is None and activation_bits in (None, FLOAT)):
+    auto = bits == AUTO or (bits is None and weight_bits is None and max_size is not None and not prunes)
+    if bits == AUTO and weight_bits is not None:
+        raise OptionError("bits auto chooses the bits of the weights; leave weight-bits out")
+    if auto or (bits is None and not (prunes and weight_bits is None and activation_bits in (None, FLOAT))):
         bits = DEFAULT_BITS
+    if isinstance(bits, str):
+        raise OptionError(f"bits is {bits!r}; it must be a number or {AUTO!r}")
     return Config(
         weight_bits=bits if weight_bits is None else weight_bits,
         activation_bits=_activation_bits(bits, activation_bits),
+        auto_bits=auto,
         bits_for=dict(bits_for),
         keep_first_last=keep_first_last,
         method=method,
@@ -162,6 +175,7 @@ def configure(
         input_mean=None if input_mean is None else tuple(input_mean),
         input_std=None if input_std is None else tuple(input_std),
         fail_under=fail_under,
+        max_size=max_size,
         jobs=jobs,
         samples=samples,
         seed=seed,
@@ -187,7 +201,7 @@ def compress_with(
     external = config.save_as_external_data or source.external
     size = done.model.ByteSize() if path is None else model_io.write(done.model, path, external)
     result = Result(done.model, _report(source, config, done, {"path": path and str(path), "bytes": size}))
-    _check_gate(result, config.fail_under)
+    _check_gates(result, config)
     return result
 
 
@@ -232,10 +246,16 @@ def _activation_bits(bits: int | None, given: int | str | None) -> int | None:
     raise OptionError(f"activation-bits is {given!r}; it must be a number or {FLOAT!r}")
 
 
-def _check_gate(result: Result, least: float | None) -> None:
-    reached = result.report.output_db
+def _check_gates(result: Result, config: Config) -> None:
+    report, least = result.report, config.fail_under
+    reached, size, most = report.output_db, report.output["bytes"], config.most_bytes(report.input["bytes"])
     if least is not None and reached is not None and not reached >= least:
         raise Gate(f"an output has {reached:.2f} dB, below --fail-under {least:g}; use more bits or --bits-for", result)
+    if most is not None and size > most:
+        cure = f"use fewer bits or --bits {AUTO}"
+        if config.auto_bits:
+            cure = f"{report.tradeoff[0].bytes:,} is the smallest that bits reach in format {config.stored_format}"
+        raise Gate(f"the file has {size:,} bytes, above --max-size {most:,}; {cure}", result)
 
 
 def _report(source: model_io.Source, config: Config, done: Compressed, output: Mapping[str, object]) -> Report:
@@ -247,7 +267,7 @@ def _report(source: model_io.Source, config: Config, done: Compressed, output: M
         if db < 0
     ]
     warnings = *done.prepared.warnings, *sparse_initializer.warnings(done.model), *lost
-    return _assemble(source, config, done.prepared, layers, done.fidelity.outputs, output, warnings)
+    return _assemble(source, config, done.prepared, layers, done.fidelity.outputs, output, warnings, done.tradeoff)
 
 
 def _assemble(
@@ -258,6 +278,7 @@ def _assemble(
     outputs: Mapping[str, float],
     output: Mapping[str, object],
     warnings: tuple[str, ...],
+    tradeoff: tuple[Point, ...] = (),
 ) -> Report:
     kept = [_kept(skipped) for skipped in prepared.skipped]
     return Report(
@@ -268,6 +289,7 @@ def _assemble(
         layers=(*layers, *kept),
         outputs=outputs,
         warnings=warnings,
+        tradeoff=tradeoff,
     )
 
 
@@ -299,7 +321,7 @@ def _planned(prepared: Prepared, layer: Layer, config: Config) -> LayerReport:
         op=layer.op,
         shape=weight.shape,
         status="compressed",
-        reason=pruning.note,
+        reason="; ".join(filter(None, (pruning.note, "or fewer bits, by what they cost" if bits.free else ""))),
         statistics=prepared.origins[layer.name],
         method=method_of(config, bits, pruning.asked),
         weight_bits=bits.weight,

@@ -30,6 +30,7 @@ from onnx_lwdf.report import COLUMNS, NUMERIC_COLUMNS, Report, printable
 from onnx_lwdf.solvers import SOLVERS
 
 INTERRUPTED = 130
+SIZE_UNITS = {"%": 0.01, "": 1, "B": 1, "KB": 1e3, "MB": 1e6, "GB": 1e9}  # a share of the source, or bytes
 UNLIMITED_WIDTH = 10_000  # of a table that is not shown on a terminal: nothing is cut off or folded
 FOLDED_COLUMNS = ("layer", "note")  # the first to give way on a narrow terminal
 BESIDE_CHECK = ("models", "check", "quiet", "verbose", "no_progress")  # parameters that --check reads or may ignore
@@ -140,6 +141,23 @@ def _activation_bits(text: str) -> int | str:
     return text if text == api.FLOAT else int(text)
 
 
+def _bits(text: str) -> int | str:
+    if text == api.AUTO:
+        return text
+    if not (text.isdecimal() and int(text) in BITS):
+        raise click.BadParameter(f"{text!r} is neither {BITS.start} to {BITS.stop - 1} nor {api.AUTO!r}.")
+    return int(text)
+
+
+def _size(text: str) -> float:
+    digits = text.rstrip("%BGKMbgkm")
+    unit = SIZE_UNITS.get(text[len(digits) :].strip().upper())
+    value = _number(digits) * unit if digits and unit else 0.0
+    if value <= 0 or (text.endswith("%") and value > 1):
+        raise click.BadParameter(f"{text!r} is not a size, such as 25%, 2MB or a number of bytes.")
+    return value
+
+
 _PATH = click.Path(path_type=Path)
 _SOME_BITS = click.IntRange(BITS.start, BITS.stop - 1)
 
@@ -152,9 +170,10 @@ _SOME_BITS = click.IntRange(BITS.start, BITS.stop - 1)
 @click.option(
     "-b",
     "--bits",
-    type=_SOME_BITS,
-    metavar="N",
-    help="Bits of weights and activations. [default: 8; with pruning alone they stay float]",
+    type=_bits,
+    metavar="N|auto",
+    help="Bits of weights and activations; auto chooses each weight's, for --max-size or --fail-under. "
+    "[default: 8; auto with --max-size; with pruning alone they stay float]",
 )
 @click.option("--weight-bits", type=_SOME_BITS, metavar="N", help="Bits of weights alone.")
 @click.option(
@@ -240,11 +259,17 @@ _SOME_BITS = click.IntRange(BITS.start, BITS.stop - 1)
 @click.option("--input-std", type=_numbers, metavar="NUMBERS", help="Per channel, of pixels on the 0..255 scale.")
 @click.option("--fail-under", type=_number, metavar="DB", help="Exit 3 where an output's SQNR is below; still written.")
 @click.option(
+    "--max-size",
+    type=_size,
+    metavar="SIZE",
+    help="Of the file, such as 25% of MODEL's or 2MB. Exit 3 where it is larger; still written.",
+)
+@click.option(
     "--report",
     "report_paths",
     multiple=True,
     type=_PATH,
-    help=f"Write the report too, in the format of the suffix: {' or '.join(reports.WRITERS)}; repeatable.",
+    help=f"Write the report too, in the format of the suffix: {', '.join(reports.WRITERS)}; repeatable.",
 )
 @click.option("--json", "as_json", is_flag=True, help="The report as JSON on stdout, nothing else.")
 @click.option("-j", "--jobs", type=click.IntRange(min=1), metavar="N", help="Layers in parallel. [default: all cores]")
@@ -289,7 +314,7 @@ class _Showing:
         if self.as_json:
             _print(report.to_json())
         elif not self.quiet:
-            _print(f"{_table(report)}{report.summary()}\n")
+            _print(f"{_table(report)}{report.summary()}\n{_tradeoff(report)}")
         for path in self.report_paths:
             reports.write(report, path)
 
@@ -354,6 +379,12 @@ def _table(report: Report) -> str:
     with console.capture() as captured:
         console.print(table)
     return "".join(f"{line.rstrip()}\n" for line in captured.get().splitlines())
+
+
+def _tradeoff(report: Report) -> str:
+    """Sizes and what they are predicted to reach, a line each."""
+    lines = [f"{size:>16} {decibels:>12} {mark}".rstrip() for size, decibels, mark in report.tradeoff_rows()]
+    return "\n".join([f"{'bytes':>16} {'predicted dB':>12}", *lines, ""]) if lines else ""
 
 
 def _refuse_beside_check(ctx: click.Context) -> None:

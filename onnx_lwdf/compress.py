@@ -21,7 +21,7 @@ from onnx_lwdf.errors import ModelError
 from onnx_lwdf.graph import Graph
 from onnx_lwdf.layers import Bits, Layer, Pruning, Skipped, find_layers, from_canonical, output_axis, weight_of
 from onnx_lwdf.layerwise import Solved, choose_grids, solve_layers
-from onnx_lwdf.model_io import Source, fix_initializers, raise_opset
+from onnx_lwdf.model_io import Source, add_provenance, fix_initializers, raise_opset
 from onnx_lwdf.plan import plan_bits
 from onnx_lwdf.precondition.channels import find_groups
 from onnx_lwdf.precondition.fold import fold
@@ -32,6 +32,7 @@ from onnx_lwdf.recalibration import recalibrate
 from onnx_lwdf.runtime import copy_of
 from onnx_lwdf.sites import Site, find_sites
 from onnx_lwdf.statistics import Statistics, origin
+from onnx_lwdf.tradeoff import Point, Sizes, choose_bits, expected
 from onnx_lwdf.verify import Fidelity, verify
 
 VERIFIED_SAMPLES = 8
@@ -77,6 +78,7 @@ class Compressed:
     notes: Mapping[str, str]  # layer name -> what happened to its channels
     sizes: Mapping[str, int]  # layer name -> bytes of data that hold its weight
     fidelity: Fidelity
+    tradeoff: tuple[Point, ...]  # of size and predicted fidelity, where bits were chosen
 
 
 def compress_model(source: Source, config: Config, on_layer: OnLayer) -> Compressed:
@@ -86,7 +88,7 @@ def compress_model(source: Source, config: Config, on_layer: OnLayer) -> Compres
     before = {layer.name: weight_of(graph, layer).size for layer in prepared.layers}
     floating, chunks = graph.snapshot(), draw_chunks(prepared.inputs, config)
 
-    work = _solve(prepared, chunks, config, on_layer)
+    work = _solve(source, prepared, chunks, config, on_layer)
     reference = floating if config.weight_bits is None else graph.snapshot()
     solved = work.solved
     if config.recalibrate and config.source != "gaussian":  # whose draws follow no input: nothing can be run twice
@@ -103,7 +105,7 @@ def compress_model(source: Source, config: Config, on_layer: OnLayer) -> Compres
     fidelity = verify(source.model, reference, graph.model, outputs, _verification(prepared.inputs, config), kept)
     on_layer(Progress("verify", "", 1, 1))
     shapes = {item.layer.name: item.weight.shape for item in stored}
-    return Compressed(graph.model, work.prepared, solved, before, shapes, work.notes, sizes, fidelity)
+    return Compressed(graph.model, work.prepared, solved, before, shapes, work.notes, sizes, fidelity, work.tradeoff)
 
 
 @dataclass(frozen=True, slots=True)
@@ -118,9 +120,10 @@ class _Work:
     solved: Sequence[Solved]
     kept: Mapping[str, Mask]  # tensor -> which of its channels remain
     notes: Mapping[str, str]
+    tradeoff: tuple[Point, ...]
 
 
-def _solve(prepared: Prepared, chunks: Sequence[Feed], config: Config, on_layer: OnLayer) -> _Work:
+def _solve(source: Source, prepared: Prepared, chunks: Sequence[Feed], config: Config, on_layer: OnLayer) -> _Work:
     """Synthesize, precondition by what the samples say, and solve. The samples, the largest data of all, end here."""
     graph, layers = prepared.graph, prepared.layers
     sites, groups = find_sites(graph, layers, prepared.plan), find_groups(graph, layers)
@@ -140,19 +143,33 @@ def _solve(prepared: Prepared, chunks: Sequence[Feed], config: Config, on_layer:
         groups = find_groups(graph, layers)
         prepared = replace(prepared, pruning=plan_pruning(graph, layers, prepared.skipped, config))  # widths changed
         on_layer(Progress("channels", "", 1, 1))
+    sizes = _sizes(source, graph, layers, sites, config)
+    most = config.most_bytes(source.size_bytes)
+    plan = expected(prepared.plan, sizes, most) if config.auto_bits else prepared.plan
     rng = np.random.default_rng([config.seed, 3])
     statistics = {} if config.source == "data" else pruned.statistics
-    samples, statistics = transform_groups(graph, groups, prepared.plan, samples, statistics, rng)
+    samples, statistics = transform_groups(graph, groups, plan, samples, statistics, rng)
     on_layer(Progress("precondition", "", 1, 1))
 
     pruning = share_budget(graph, layers, prepared.pruning, samples, chunks[0], config)
     grids = choose_grids(graph, layers, sites, samples, prepared.inputs, config)
+    tradeoff: tuple[Point, ...] = ()
+    if config.auto_bits:
+        plan, tradeoff = choose_bits(graph, layers, plan, pruning, grids, samples, chunks[0], sizes, config, most)
+        on_layer(Progress("bits", "", 1, 1))
     solved: list[Solved] = []
-    for answer in solve_layers(graph, layers, prepared.plan, pruning, grids, samples, config):
+    for answer in solve_layers(graph, layers, plan, pruning, grids, samples, config):
         solved.append(answer)
         on_layer(Progress("solve", answer.layer.name, len(solved), len(layers)))
     shared = replace(prepared, pruning=pruning)
-    return _Work(shared, layers, statistics, sites, grids, solved, pruned.kept, pruned.notes)
+    return _Work(shared, layers, statistics, sites, grids, solved, pruned.kept, pruned.notes, tradeoff)
+
+
+def _sizes(source: Source, graph: Graph, layers: Sequence[Layer], sites: Sequence[Site], config: Config) -> Sizes:
+    noted = onnx.ModelProto()
+    add_provenance(noted, source, config.to_dict())
+    signed = TARGETS[config.target].signed_activations
+    return Sizes(graph, layers, sites, config.stored_format, config.activations, signed, noted.ByteSize())
 
 
 def prepare(model: onnx.ModelProto, config: Config) -> Prepared:

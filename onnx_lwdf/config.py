@@ -39,6 +39,7 @@ class Config:
 
     weight_bits: int | None = 8  # None: weights stay float
     activation_bits: int | None = 8  # None: activations stay float
+    auto_bits: bool = False  # a layer's weight gets `weight_bits` or fewer, by what they cost
     bits_for: Mapping[str, int] = field(default_factory=dict)  # glob on node name or op type -> bits
     keep_first_last: bool | None = None  # None: on below 8 bits
     method: str = "auto"
@@ -56,6 +57,7 @@ class Config:
     input_mean: tuple[float, ...] | None = None  # on the 0..255 scale, as is input_std
     input_std: tuple[float, ...] | None = None
     fail_under: float | None = None  # dB at the outputs
+    max_size: float | None = None  # of the file: bytes, or a share of the source's size where it is at most 1
     jobs: int | None = None  # None: all cores
     samples: int = 64
     seed: int = 0
@@ -73,6 +75,10 @@ class Config:
             raise OptionError(refused)
         if self.weight_bits is None and self.bits_for:
             raise OptionError("bits-for quantizes single layers of a float model; give --bits or --weight-bits")
+        if self.auto_bits and self.weight_bits is None:
+            raise OptionError("bits auto chooses bits of weights; leave out what keeps them float")
+        if self.auto_bits and self.max_size is None and self.fail_under is None:
+            raise OptionError("bits auto needs an aim; give --max-size or --fail-under")
         self._check_pruning()
         self._check_numbers()
         if self.samples < 1:
@@ -115,6 +121,8 @@ class Config:
         for name, values in numbers.items():
             if not all(value is None or math.isfinite(value) for value in values):
                 raise OptionError(f"{name} is {values}; every value must be finite")
+        if self.max_size is not None and not 0 < self.max_size < math.inf:
+            raise OptionError(f"max-size is {self.max_size:g}; it must be positive, such as 25% or 2MB")
         if self.seed < 0:
             raise OptionError(f"seed is {self.seed}; it must not be negative")
         for name, shape in self.input_shape.items():
@@ -125,7 +133,9 @@ class Config:
     def stored_format(self) -> str:
         """The format after `auto` is resolved: integer kernels with activations, else free at inference."""
         zeros = bool(self.sparsity or self.sparsity_for)
-        return automatic(self.weights, self.activations, zeros) if self.format == "auto" else self.format
+        return (
+            automatic(self.weights, self.activations, zeros, self.auto_bits) if self.format == "auto" else self.format
+        )
 
     @property
     def weights(self) -> str:
@@ -139,24 +149,34 @@ class Config:
 
     @property
     def lowest_weight_bits(self) -> int:
+        if self.auto_bits:
+            return BITS.start
         return min(bits for bits in (self.weight_bits, *self.bits_for.values(), BITS.stop - 1) if bits is not None)
 
     @property
     def bits_name(self) -> str:
-        """For file names: w6a6, w4a8, w8, w8a8.s50, s50, 2of4, w8a8.c20, c20."""
-        weights = "" if self.weight_bits is None else f"w{self.weight_bits}"
+        """For file names: w6a6, w4a8, w8, auto.a8, auto, w8a8.s50, s50, 2of4, w8a8.c20, c20."""
+        weights = "" if self.weight_bits is None or self.auto_bits else f"w{self.weight_bits}"
         activations = "" if self.activation_bits is None else f"a{self.activation_bits}"
         sparsity = f"s{100 * self.sparsity:g}" if self.sparsity else ""
         pattern = f"{self.nm[0]}of{self.nm[1]}" if self.nm else ""
         named = "pruned" if self.prunes and not (sparsity or pattern) else ""
         channels = f"c{100 * self.channels:g}" if self.channels else ""
-        return ".".join(filter(None, (weights + activations, sparsity, pattern, named, channels)))
+        return ".".join(
+            filter(None, ("auto" if self.auto_bits else "", weights + activations, sparsity, pattern, named, channels))
+        )
 
     @property
     def keeps_first_last(self) -> bool:
         if self.keep_first_last is not None:
             return self.keep_first_last
         return min(self.weight_bits or 8, self.activation_bits or 8) < 8
+
+    def most_bytes(self, source_bytes: int) -> int | None:
+        """What the file may have."""
+        if self.max_size is None:
+            return None
+        return int(self.max_size * source_bytes if self.max_size <= 1 else self.max_size)
 
     @property
     def source(self) -> str:

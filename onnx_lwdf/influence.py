@@ -38,12 +38,12 @@ def influences(graph: Graph, layers: Sequence[Layer], moments: Mapping[str, Mome
         tensor = probe.initializers[name]
         probe.model.graph.input.append(onnx.helper.make_tensor_value_info(name, tensor.data_type, tensor.dims))
     session = open_session(probe.model, arena=False)
-    exact = _numbers(run(session, feed))
+    exact = numbers(run(session, feed))
     found = {}
     for layer in layers:
         damaged, error = _damage(graph, layer, moments[layer.name])
         answer = run(session, {**feed, **dict(zip(places[layer.name], damaged, strict=False))})
-        found[layer.name] = relative_error(exact, _numbers(answer)) / error if error > TINY else 0.0
+        found[layer.name] = relative_error(exact, numbers(answer)) / error if error > TINY else 0.0
     return found
 
 
@@ -84,9 +84,15 @@ def relative_loss(loss: float, weight: F64, covariance: F64) -> float:
     return loss / power if power > TINY else 0.0
 
 
-def _numbers(outputs: Sequence[Array]) -> list[F64]:
+def numbers(outputs: Sequence[Array]) -> list[F64]:
     """The outputs that are real numbers: a class index has no error to measure."""
     return [value.astype(np.float64) for value in outputs if value.dtype.kind == "f"]
+
+
+def power_share(exact: Sequence[F64]) -> float:
+    """The outputs' power around the mean over samples, as a share of their power; the largest share of any output."""
+    shares = [float(((a - a.mean(0)) ** 2).sum()) / max(float((a**2).sum()), TINY) for a in exact]
+    return max(shares, default=1.0)
 
 
 def relative_error(exact: Sequence[F64], answer: Sequence[F64]) -> float:

@@ -74,6 +74,7 @@ class Bits:
 
     weight: int | None
     activation: int | None
+    free: bool = False  # the weight may have fewer: how many is to be chosen
 
 
 @dataclass(frozen=True, slots=True)

@@ -122,7 +122,7 @@ def solve_layers(
     """Every layer's answer, in order. Layers run in parallel, each on one thread: the bytes do not depend on the jobs."""
 
     def answer(layer: Layer) -> Solved:  # posed and solved in one go: what a problem holds lives no longer than it must
-        task = _pose(graph, layer, plan[layer.name], pruning[layer.name], grids, samples, config)
+        task = pose(graph, layer, plan[layer.name], pruning[layer.name], grids, samples, config)
         return _settle(task, _solve(task))
 
     with threadpool_limits(limits=1), ThreadPoolExecutor(config.jobs) as pool:
@@ -134,7 +134,7 @@ def solve_layers(
 
 
 @dataclass(frozen=True, slots=True)
-class _Task:
+class Task:
     """A layer's problem and what its bias needs."""
 
     layer: Layer
@@ -147,7 +147,7 @@ class _Task:
     stored_mean: F64  # [groups, in], of the quantized input
 
 
-def _pose(
+def pose(
     graph: Graph,
     layer: Layer,
     bits: Bits,
@@ -155,7 +155,8 @@ def _pose(
     grids: Mapping[str, ActivationGrid],
     samples: Samples,
     config: Config,
-) -> _Task:
+) -> Task:
+    """The layer's problem at these bits."""
     weight, bias = weight_of(graph, layer), bias_of(graph, layer)
     grid = grids[layer.input] if bits.activation is not None else None
     kernel = layer.kernel_size
@@ -171,10 +172,15 @@ def _pose(
         nm=pruning.nm,
     )
     stored_mean = mean if grid is None else mean + _mean_shift(grid, samples.values[layer.input], mean.shape, kernel)
-    return _Task(layer, bits, method_of(config, bits, pruning.asked), grid, problem, bias, mean, stored_mean)
+    return Task(layer, bits, method_of(config, bits, pruning.asked), grid, problem, bias, mean, stored_mean)
 
 
-def _solve(task: _Task) -> LayerSolution:
+def unrounded(task: Task) -> Solved:
+    """The answer whose weight is the float one: what the grid of the input alone costs."""
+    return _settle(task, float_solution(task.problem, task.problem.weight))
+
+
+def _solve(task: Task) -> LayerSolution:
     if not task.method:
         return float_solution(task.problem, task.problem.weight)
     return SOLVERS[task.method].solve(task.problem)
@@ -196,7 +202,7 @@ def patch_moments(layer: Layer, moments: Moments, around_mean: bool) -> tuple[F6
     return np.tile(mean, (1, kernel)), np.stack([np.kron(np.eye(kernel), block) for block in hessian])
 
 
-def _settle(task: _Task, solution: LayerSolution) -> Solved:
+def _settle(task: Task, solution: LayerSolution) -> Solved:
     correction = mean_correction(task.problem.weight, solution.weight, task.mean, task.mean)  # [groups, out]
     drift = -mean_correction(solution.weight, solution.weight, task.mean, task.stored_mean)
     bias = task.bias + correction.ravel()

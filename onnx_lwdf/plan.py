@@ -22,13 +22,13 @@ def plan_bits(graph: Graph, layers: Sequence[Layer], skipped: Sequence[Skipped],
     ends = set().union(*first_and_last(graph)) if config.keeps_first_last else set()
     plan: dict[str, Bits] = {}
     for layer in layers:
-        weight, activation = config.weight_bits, config.activation_bits
+        weight, activation, free = config.weight_bits, config.activation_bits, config.auto_bits
         if layer.node.output[0] in ends:
-            weight, activation = weight and KEPT_BITS, activation and KEPT_BITS
+            weight, activation, free = weight and KEPT_BITS, activation and KEPT_BITS, False
         for pattern, bits in config.bits_for.items():
             if matches(pattern, layer.name, layer.op):
-                weight, activation = bits, activation and bits
-        plan[layer.name] = Bits(weight, activation)
+                weight, activation, free = bits, activation and bits, False
+        plan[layer.name] = Bits(weight, activation, free=free)
     return plan
 
 

@@ -122,8 +122,8 @@ def _spare(
 def _sampled(layer: Layer, weight: F64, moments: Moments, nm: tuple[int, int] | None = None) -> LayerProblem:
     """The layer's problem in float, on some of its output channels."""
     _, covariance = patch_moments(layer, moments, around_mean=True)
-    rows = weight[:, :: -(-weight.shape[1] // MOST_ROWS)]
-    return LayerProblem(rows, covariance, None, np.zeros(rows.shape[:2]), layer.kernel_size, nm=nm)
+    whole = LayerProblem(weight, covariance, None, np.zeros(weight.shape[:2]), layer.kernel_size, nm=nm)
+    return whole.thinned(MOST_ROWS)
 
 
 def _curve(losses: Losses, layer: Layer, weight: F64, moments: Moments, influence: float) -> Curve:

@@ -12,7 +12,9 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from onnx_lwdf import page
 from onnx_lwdf.errors import ModelError, OptionError
+from onnx_lwdf.tradeoff import Point
 
 SCHEMA = 1  # of to_dict(): raised when a name changes its meaning or goes away
 
@@ -54,6 +56,7 @@ class Report:
     layers: tuple[LayerReport, ...]
     outputs: Mapping[str, float]  # output name -> SQNR dB on synthetic inputs; empty in a dry run
     warnings: tuple[str, ...] = ()
+    tradeoff: tuple[Point, ...] = ()  # where bits were chosen: files that could be written, sizes rising
 
     @property
     def compressed(self) -> tuple[LayerReport, ...]:
@@ -99,6 +102,7 @@ class Report:
                 "output_db": _rounded(self.output_db),
                 "outputs": {name: _rounded(value) for name, value in self.outputs.items()},
             },
+            "tradeoff": [asdict(point) | {"predicted_db": _rounded(point.predicted_db)} for point in self.tradeoff],
             "warnings": list(self.warnings),
         }
 
@@ -107,12 +111,30 @@ class Report:
         return json.dumps(self.to_dict(), indent=2, allow_nan=False) + "\n"
 
     def to_markdown(self) -> str:
-        """The summary, a table of the layers, and the warnings."""
+        """The summary, a table of the layers, that of the trade-off where there is one, and the warnings."""
         title = f"# {self.tool['name']} {self.tool['version']}\n\n{_escaped(self.summary())}\n\n"
-        rules = ("---:" if name in NUMERIC_COLUMNS else "---" for name in COLUMNS)
-        table = (COLUMNS, tuple(rules), *(tuple(_escaped(cell) for cell in row) for row in self.rows()))
+        parts = [title, _markdown(COLUMNS, self.rows())]
+        if self.tradeoff:
+            parts += ["\n", _markdown(TRADEOFF_COLUMNS, self.tradeoff_rows())]
         notes = [f"- warning: {_escaped(printable(text))}\n" for text in self.warnings]
-        return title + "".join(f"| {' | '.join(row)} |\n" for row in table) + "".join(["\n", *notes] if notes else [])
+        return "".join([*parts, *(["\n", *notes] if notes else [])])
+
+    def to_html(self) -> str:
+        """The same as a page that needs nothing else, with a picture of the trade-off."""
+        return page.html(
+            f"{self.tool['name']} {self.tool['version']}",
+            [self.summary(), *(f"warning: {printable(text)}" for text in self.warnings)],
+            (COLUMNS, self.rows()),
+            (TRADEOFF_COLUMNS, self.tradeoff_rows()),
+            [(point.bytes, point.predicted_db, point.chosen) for point in self.tradeoff],
+        )
+
+    def tradeoff_rows(self) -> list[tuple[str, ...]]:
+        """The cells of the trade-off, in the order of TRADEOFF_COLUMNS."""
+        return [
+            (f"{point.bytes:,}", _decibels(point.predicted_db), "chosen" if point.chosen else "")
+            for point in self.tradeoff
+        ]
 
     def rows(self) -> list[tuple[str, ...]]:
         """The layer table's cells, one tuple per layer, in the order of COLUMNS."""
@@ -159,15 +181,20 @@ class Report:
 
 
 COLUMNS = ("layer", "op", "shape", "statistics", "method", "bits", "sparsity", "SQNR dB", "bytes", "note")
-NUMERIC_COLUMNS = ("sparsity", "SQNR dB", "bytes")
+TRADEOFF_COLUMNS = ("file bytes", "predicted dB", "")
+NUMERIC_COLUMNS = ("sparsity", "SQNR dB", "bytes", "file bytes", "predicted dB")
 
-WRITERS: Mapping[str, Callable[[Report], str]] = {".json": Report.to_json, ".md": Report.to_markdown}
+WRITERS: Mapping[str, Callable[[Report], str]] = {
+    ".json": Report.to_json,
+    ".md": Report.to_markdown,
+    ".html": Report.to_html,
+}
 
 
 def check_path(path: Path) -> None:
     """OptionError where no writer knows the suffix, ModelError where the folder does not exist."""
     if path.suffix.lower() not in WRITERS:
-        raise OptionError(f"report {str(path)!r} has no known suffix; it must end in {' or '.join(WRITERS)}")
+        raise OptionError(f"report {str(path)!r} has no known suffix; it must end in {', '.join(WRITERS)}")
     if not path.parent.is_dir():
         raise ModelError(f"{path.parent}: no such folder; create it first")
 
@@ -214,6 +241,12 @@ def _rounded(value: float | None) -> float | None:
 
 def _decibels(value: float | None) -> str:
     return "" if value is None else f"{value:.2f}"
+
+
+def _markdown(columns: Sequence[str], rows: Sequence[tuple[str, ...]]) -> str:
+    rules = tuple("---:" if name in NUMERIC_COLUMNS else "---" for name in columns)
+    table = (columns, rules, *(tuple(_escaped(cell) for cell in row) for row in rows))
+    return "".join(f"| {' | '.join(row)} |\n" for row in table)
 
 
 def _escaped(text: str) -> str:

@@ -25,6 +25,7 @@ from onnx_lwdf.errors import ModelError, OptionError
 from onnx_lwdf.model_io import tool_version
 from onnx_lwdf.report import COLUMNS, LayerReport, Report
 from onnx_lwdf.solvers import SOLVERS
+from onnx_lwdf.tradeoff import Point
 
 COLOURED = re.compile(r"\x1b\[[0-9;]*3[0-9;]*m")
 STYLED = re.compile(r"\x1b\[[0-9;]*m")
@@ -125,6 +126,16 @@ def error_of(result: Result) -> str:
         ("--bits-for a=b=4 --bits-for */head/*=8", "bits_for", {"a=b": 4, "*/head/*": 8}),
         ("--keep-first-last", "keep_first_last", True),
         ("--no-keep-first-last", "keep_first_last", False),
+        ("--bits auto --fail-under 9", "auto_bits", True),
+        ("--max-size 25%", "auto_bits", True),
+        ("--max-size 25%", "max_size", 0.25),
+        ("--max-size 2MB", "max_size", 2e6),
+        ("--max-size 1.5kB", "max_size", 1500.0),
+        ("--max-size 123456", "max_size", 123456.0),
+        ("--max-size 25% --activation-bits 6", "activation_bits", 6),
+        ("--max-size 25% --bits 8", "auto_bits", False),
+        ("--max-size 25% --weight-bits 8", "auto_bits", False),
+        ("--max-size 25% --sparsity 0.5", "weight_bits", None),
         ("--sparsity 0.5", "sparsity", 0.5),
         ("--sparsity 0.5", "weight_bits", None),
         ("--sparsity 0.5 --bits 8", "activation_bits", 8),
@@ -180,7 +191,7 @@ def test_without_options_the_config_has_its_defaults(calls: Calls) -> None:
 
 def test_every_option_of_the_config_has_a_word() -> None:
     words = {parameter.name for parameter in cli.command.params}
-    assert set(Config.__dataclass_fields__) <= words
+    assert set(Config.__dataclass_fields__) - {"auto_bits"} <= words  # that one is a value of bits
 
 
 @pytest.mark.parametrize(
@@ -195,6 +206,7 @@ def test_every_option_of_the_config_has_a_word() -> None:
         ("m.onnx --sparsity 0.5", "m.s50.onnx"),
         ("m.onnx --sparsity 0.5 --bits 8", "m.w8a8.s50.onnx"),
         ("m.onnx --nm 2:4", "m.2of4.onnx"),
+        ("m.onnx --max-size 25%", "m.auto.a8.onnx"),
         ("m.onnx -o b/o.onnx", "b/o.onnx"),
         ("m.onnx --output o.onnx", "o.onnx"),
         (".", ".w8a8.onnx"),
@@ -214,8 +226,16 @@ def test_force_reaches_the_api(calls: Calls) -> None:
 @pytest.mark.parametrize(
     ("words", "said"),
     [
-        ("m.onnx --bits 9", "--bits': 9 is not in the range 2<=x<=8"),
-        ("m.onnx -b 1", "1 is not in the range"),
+        ("m.onnx --bits 9", "--bits': '9' is neither 2 to 8 nor 'auto'"),
+        ("m.onnx -b 1", "'1' is neither 2 to 8"),
+        ("m.onnx -b auto", "bits auto needs an aim; give --max-size or --fail-under"),
+        ("m.onnx -b auto --weight-bits 4 --max-size 9%", "leave weight-bits out"),
+        ("m.onnx --max-size 0", "'--max-size': '0' is not a size, such as 25%, 2MB or a number of bytes"),
+        ("m.onnx --max-size 101%", "'101%' is not a size"),
+        ("m.onnx --max-size -2MB", "'-2MB' is not a size"),
+        ("m.onnx --max-size MB", "'MB' is not a size"),
+        ("m.onnx --max-size 2MM", "'2MM' is not a size"),
+        ("m.onnx --max-size x%", "'x' is not a number"),
         ("m.onnx --weight-bits six", "'six' is not a valid integer"),
         ("m.onnx --activation-bits half", "'half' is neither a number nor 'float'"),
         ("m.onnx --activation-bits 9", "it must be 2 to 8"),
@@ -249,7 +269,7 @@ def test_force_reaches_the_api(calls: Calls) -> None:
         ("m.onnx --channels -0.1", "'-0.1' is not a share"),
         ("m.onnx --samples 0", "0 is not in the range x>=1"),
         ("m.onnx --seed -1", "-1 is not in the range x>=0"),
-        ("m.onnx --report r.txt", "report 'r.txt' has no known suffix; it must end in .json or .md"),
+        ("m.onnx --report r.txt", "report 'r.txt' has no known suffix; it must end in .json, .md, .html"),
         ("m.onnx --no-such-option", "No such option"),
         ("m.onnx n.onnx", "2 models were given; give one, only --check takes several"),
         ("", "Missing argument 'MODEL.onnx'; see onnx-lwdf --help"),
@@ -431,6 +451,17 @@ def test_gate_shows_the_table_and_exits_3(calls: Calls, tmp_path: Path) -> None:
     assert result.stdout.endswith(REPORT.summary() + "\n")
     assert result.stderr.splitlines()[-1] == "error: an output has 17.25 dB, below --fail-under 20; use more bits"
     assert json.loads(path.read_text()) == REPORT.to_dict()
+
+
+def test_the_trade_off_follows_the_summary(calls: Calls, monkeypatch: pytest.MonkeyPatch) -> None:
+    points = (Point(1_000_000, 5.5), Point(2_000_000, 9.25, chosen=True))
+    monkeypatch.setattr(sys.modules[__name__], "RESULT", replace(RESULT, report=replace(REPORT, tradeoff=points)))
+    lines = run("m.onnx", "--max-size", "25%").stdout.splitlines()[-3:]
+    assert [line.split() for line in lines] == [
+        ["bytes", "predicted", "dB"],
+        ["1,000,000", "5.50"],
+        ["2,000,000", "9.25", "chosen"],
+    ]
 
 
 def test_gate_with_json_keeps_stdout_clean(calls: Calls) -> None:

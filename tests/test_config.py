@@ -64,6 +64,14 @@ def test_what_a_configuration_means():
     assert not Config(sparsity_for={"x": 0.0}).prunes
     assert Config(weight_bits=None, activation_bits=None, channels=0.3).stored_format == "dense"
     assert Config(weight_bits=None, activation_bits=None, channels=0.3).bits_name == "c30"
+    mixed = Config(auto_bits=True, max_size=0.25)
+    assert (mixed.stored_format, mixed.bits_name, mixed.lowest_weight_bits) == ("packed", "auto.a8", 2)
+    assert (mixed.most_bytes(1001), Config(max_size=300.0).most_bytes(1001), Config().most_bytes(1001)) == (
+        250,
+        300,
+        None,
+    )
+    assert Config(auto_bits=True, max_size=0.25, activation_bits=None).bits_name == "auto"
     assert not Config().keeps_first_last
     assert Config(weight_bits=6).keeps_first_last
     assert not Config(weight_bits=6, keep_first_last=False).keeps_first_last
@@ -81,7 +89,7 @@ def test_formats_of_codes_refuse_float_weights(name):
 
 
 def test_float_weights_go_with_float_activations():
-    assert automatic(FLOAT, FLOAT, zeros=True) == "sparse"
-    assert automatic(FLOAT, FLOAT, zeros=False) == "dense"
+    assert automatic(FLOAT, FLOAT, zeros=True, packs=False) == "sparse"
+    assert automatic(FLOAT, FLOAT, zeros=False, packs=False) == "dense"
     assert refusal("sparse", FLOAT, FLOAT) is None
     assert "integer weights" in (refusal("sparse", FLOAT, INTEGER) or "")

@@ -85,7 +85,7 @@ def test_our_own_output_is_refused(folder):
 @pytest.mark.parametrize(
     ("words", "what"),
     [
-        (("--bits", "9"), "2<=x<=8"),
+        (("--bits", "9"), "2 to 8"),
         (("--bits", "x"), "--bits"),
         (("--activation-bits", "1"), "2"),
         (("--bits-for", "nothing=4"), "matches no layer"),

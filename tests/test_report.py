@@ -3,6 +3,7 @@ from __future__ import annotations
 import json
 import math
 from dataclasses import replace
+from html import escape
 from pathlib import Path
 
 import pytest
@@ -10,6 +11,7 @@ import pytest
 from onnx_lwdf import report as reports
 from onnx_lwdf.errors import ModelError, OptionError
 from onnx_lwdf.report import LayerReport, Report, printable, write
+from onnx_lwdf.tradeoff import Point
 
 CONV = LayerReport(
     name="/stem/Conv",
@@ -50,6 +52,7 @@ REPORT = Report(
     layers=(CONV, GEMM, KEPT),
     outputs={"logits": 17.25, "features": 20.0},
     warnings=("x: its range is not known; -1 to 1 is assumed",),
+    tradeoff=(Point(20_000, 12.345678), Point(26_000, 17.0, chosen=True)),
 )
 DRY_RUN = replace(
     REPORT,
@@ -122,6 +125,10 @@ GOLDEN = {
         "output_db": 17.25,
         "outputs": {"logits": 17.25, "features": 20.0},
     },
+    "tradeoff": [
+        {"bytes": 20_000, "predicted_db": 12.3457, "chosen": False},
+        {"bytes": 26_000, "predicted_db": 17.0, "chosen": True},
+    ],
     "warnings": ["x: its range is not known; -1 to 1 is assumed"],
 }
 
@@ -232,14 +239,29 @@ def test_markdown() -> None:
     lines = REPORT.to_markdown().splitlines()
     assert lines[0] == "# onnx-lwdf 1.2.3"
     assert lines[2] == REPORT.summary()
-    table = [line for line in lines if line.startswith("|")]
+    table = [line for line in lines[: lines.index("", 4)] if line.startswith("|")]
     assert len(table) == 2 + len(REPORT.layers)
     assert {line.count("|") for line in table} == {len(reports.COLUMNS) + 1}
+    assert lines[-3] == "| 26,000 | 17.00 | chosen |"
     assert lines[-1] == "- warning: x: its range is not known; -1 to 1 is assumed"
 
 
+def test_html_has_what_markdown_has() -> None:
+    page = REPORT.to_html()
+    for text in (
+        escape(REPORT.summary()),
+        "warning: x: its range is not known",
+        "<td>26,000</td><td>17.00</td><td>chosen</td>",
+    ):
+        assert text in page
+    for row in REPORT.rows():
+        assert f"<td>{row[0]}</td>" in page
+    assert "<svg" in page
+    assert "<svg" not in replace(REPORT, tradeoff=()).to_html()
+
+
 def test_markdown_shows_names_as_they_are() -> None:
-    odd = replace(REPORT, layers=(replace(CONV, name="a|b*c<d>__e__`f`\n[g]"),), warnings=())
+    odd = replace(REPORT, layers=(replace(CONV, name="a|b*c<d>__e__`f`\n[g]"),), warnings=(), tradeoff=())
     row = odd.to_markdown().splitlines()[-1]
     assert row.startswith(r"| a\|b\*c\<d>\_\_e\_\_\`f\`\\n\[g] | Conv |")
 
@@ -248,7 +270,9 @@ def test_printable_leaves_ordinary_text() -> None:
     assert printable("/features/0/Conv [é 層]") == "/features/0/Conv [é 層]"
 
 
-@pytest.mark.parametrize(("name", "text"), [("r.json", REPORT.to_json()), ("r.MD", REPORT.to_markdown())])
+@pytest.mark.parametrize(
+    ("name", "text"), [("r.json", REPORT.to_json()), ("r.MD", REPORT.to_markdown()), ("r.html", REPORT.to_html())]
+)
 def test_write_goes_by_the_suffix(tmp_path: Path, name: str, text: str) -> None:
     (tmp_path / name).write_text("old")
     write(REPORT, tmp_path / name)
@@ -256,9 +280,9 @@ def test_write_goes_by_the_suffix(tmp_path: Path, name: str, text: str) -> None:
     assert [path.name for path in tmp_path.iterdir()] == [name]
 
 
-@pytest.mark.parametrize("name", ["r.txt", "r.html", "r", ".json"])
+@pytest.mark.parametrize("name", ["r.txt", "r.htm", "r", ".json"])
 def test_unknown_suffix_names_the_known_ones(tmp_path: Path, name: str) -> None:
-    with pytest.raises(OptionError, match=r"must end in \.json or \.md"):
+    with pytest.raises(OptionError, match=r"must end in \.json, \.md, \.html"):
         write(REPORT, tmp_path / name)
     assert not list(tmp_path.iterdir())
 

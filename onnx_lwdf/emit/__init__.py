@@ -15,9 +15,9 @@ import numpy as np
 import onnx
 
 from onnx_lwdf.emit import dense, folded, packed, qdq, sparse, sparse_initializer
-from onnx_lwdf.emit.stored import Held, Rounded, Store, Stored, Values
+from onnx_lwdf.emit.stored import Held, Rounded, Store, Stored, Values, stored_bytes
 from onnx_lwdf.graph import Graph
-from onnx_lwdf.layers import WEIGHTED, set_bias
+from onnx_lwdf.layers import WEIGHTED, Bits, Layer, find_layers, output_axis, output_channels, set_bias
 from onnx_lwdf.ranges import ActivationGrid
 from onnx_lwdf.sites import Site
 
@@ -48,8 +48,13 @@ QDQ_OPSET = 13  # DequantizeLinear with one scale per channel
 INTEGER_OPERATORS = ("Conv", "Gemm", "MatMul")  # that onnxruntime has integer kernels for
 
 
-def automatic(weights: str, activations: str, zeros: bool) -> str:
-    """The format that fits the kinds of weights and activations, and whether many weights are zero anywhere."""
+def automatic(weights: str, activations: str, zeros: bool, packs: bool) -> str:
+    """The format that fits the kinds of weights and activations.
+
+    `zeros`: many weights are zero somewhere; `packs`: fewer bits are to make a smaller file.
+    """
+    if packs:
+        return "packed"
     if activations == INTEGER:
         return "qdq"
     if weights == INTEGER:
@@ -107,10 +112,52 @@ def planned_bytes(name: str, activations: str, shape: tuple[int, ...], axis: int
     """What `emit` will answer for a layer of codes of this shape, scales along `axis`; at most, where zeros shrink it."""
     if bits is None:
         return FLOAT_BITS // 8 * math.prod(shape)
-    rounded = Rounded(np.ones(shape, np.int8), np.ones(shape[axis], np.float32), axis, bits)
-    scratch = Graph(onnx.ModelProto())
+    scratch, rounded = Graph(onnx.ModelProto()), _blank(shape, axis, bits)
     (held,) = FORMATS[name].store(scratch, [_codes("weight", rounded, activations)])
     return _float_weight(scratch, "weight", held, rounded, activations).bytes
+
+
+def weight_bytes(graph: Graph, name: str, activations: str, layer: Layer, bits: int) -> int:
+    """What the codes of one more layer like this add to a file, operators included; at most, where zeros shrink it."""
+    weight = graph.constant(layer.weight)
+    assert weight is not None, layer.name
+    codes = _codes(layer.weight, _blank(weight.shape, output_axis(layer), bits), activations)
+    one, two = (stored_bytes(FORMATS[name].store, [codes] * count) for count in (1, 2))
+    return two - one
+
+
+def file_bytes(
+    graph: Graph,
+    name: str,
+    layers: Sequence[Layer],
+    plan: Mapping[str, Bits],
+    sites: Sequence[Site],
+    signed: bool,
+) -> int:
+    """The bytes of the file with these layers at these bits, before anything is solved; at most, where zeros shrink it.
+
+    Codes and grids stand in for the true ones, which have the same size.
+    """
+    twin, names = Graph(graph.snapshot()), {layer.name for layer in layers}
+    stored = []
+    for layer in find_layers(twin)[0]:
+        if layer.name not in names:
+            continue
+        weight, bits = twin.constant(layer.weight), plan[layer.name]
+        assert weight is not None, layer.name
+        assert bits.weight is not None, layer.name
+        axis = output_axis(layer)
+        rounded = _blank(weight.shape, axis, bits.weight)
+        grid = None if bits.activation is None else ActivationGrid(1.0, 1, bits.activation)
+        stored.append(Stored(layer, weight, rounded, np.ones(output_channels(twin, layer)), grid))
+    grids = {site.tensors[0]: ActivationGrid(1.0, 1, site.bits) for site in sites}
+    emit(twin, FORMATS[name].store, stored, sites, grids, signed)
+    twin.commit()
+    return twin.model.ByteSize()
+
+
+def _blank(shape: tuple[int, ...], axis: int, bits: int) -> Rounded:
+    return Rounded(np.ones(shape, np.int8), np.ones(shape[axis], np.float32), axis, bits)
 
 
 def _values(stored: Stored) -> Values:
@@ -122,7 +169,7 @@ def _values(stored: Stored) -> Values:
 
 def _codes(stem: str, rounded: Rounded, activations: str) -> Values:
     kind = onnx.TensorProto.FLOAT if activations == FLOAT else onnx.TensorProto.INT8
-    return Values(stem, rounded.codes, rounded.bits, rounded.axis, kind)
+    return Values(stem, rounded.codes, rounded.bits, rounded.axis, int(kind))
 
 
 def _scaled(graph: Graph, values: Held, stored: Stored) -> Held:

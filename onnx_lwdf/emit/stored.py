@@ -65,7 +65,7 @@ def smallest(stores: Sequence[Store], graph: Graph, tensors: Sequence[Values]) -
 
     Operators count, and a little more for the time that they take at load; constants that all share do not.
     """
-    chosen = [min(stores, key=lambda store: _file_bytes(store, values)) for values in tensors]
+    chosen = [min(stores, key=lambda store: stored_bytes(store, [values], OPERATOR_BYTES)) for values in tensors]
     held: dict[int, Held] = {}
     for store in stores:
         own = [place for place, choice in enumerate(chosen) if choice is store]
@@ -73,9 +73,10 @@ def smallest(stores: Sequence[Store], graph: Graph, tensors: Sequence[Values]) -
     return [held[place] for place in range(len(tensors))]
 
 
-def _file_bytes(store: Store, values: Values) -> int:
+def stored_bytes(store: Store, tensors: Sequence[Values], operator: int = 0) -> int:
+    """What the store adds to a file, and so many bytes more for each operator."""
     scratch = Graph(onnx.ModelProto())
-    store(scratch, [values])
+    store(scratch, tensors)
     own = [tensor for name, tensor in scratch.initializers.items() if name not in scratch.shared.values()]
     written = sum(proto.ByteSize() for proto in (*scratch.nodes, *own, *scratch.model.graph.sparse_initializer))
-    return written + OPERATOR_BYTES * len(scratch.nodes)
+    return written + operator * len(scratch.nodes)

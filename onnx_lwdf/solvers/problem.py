@@ -11,7 +11,7 @@ onnxruntime's integer kernels flatten a filter.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import numpy.typing as npt
@@ -43,6 +43,11 @@ class LayerProblem:
     @property
     def prunes(self) -> bool:
         return self.sparsity > 0 or self.nm is not None
+
+    def thinned(self, rows: int) -> LayerProblem:
+        """The same on so many output channels of each group at most, to learn what a choice costs."""
+        few = slice(None, None, -(-self.weight.shape[1] // rows))
+        return replace(self, weight=self.weight[:, few], scale_floor=self.scale_floor[:, few])
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,0 +1,221 @@
+"""Mixed precision: how many bits each weight gets, so that the file fits a size, or holds a fidelity, at the least cost.
+
+    noise at the outputs = noise of the activations' grids + sum_l influence_l e_l(bits_l)
+
+To first order the noises of independent layers add up. e_l(b) is the relative error of layer l's output with its own weight
+at b bits, by the method itself on a sample of its output channels and on its own synthetic inputs; `influence` is
+measured once. The bits are the exact solution of a knapsack: least noise within a size, or least size within a noise.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
+
+import numpy as np
+from threadpoolctl import threadpool_limits
+
+from onnx_lwdf.activations.taps import Feed, Moments, Samples
+from onnx_lwdf.config import BITS, Config
+from onnx_lwdf.emit import file_bytes, qdq, weight_bytes
+from onnx_lwdf.graph import Graph
+from onnx_lwdf.influence import influences, numbers, power_share, relative_error, relative_loss
+from onnx_lwdf.knapsack import knapsack
+from onnx_lwdf.layers import Bits, Layer, Pruning, find_layers, set_bias
+from onnx_lwdf.layerwise import Solved, Task, patch_moments, pose, unrounded
+from onnx_lwdf.ranges import ActivationGrid
+from onnx_lwdf.runtime import open_session, run
+from onnx_lwdf.sites import Site
+from onnx_lwdf.solvers import SOLVERS
+from onnx_lwdf.solvers.problem import channel_loss
+
+MOST_ROWS = 64  # output channels of a layer, for its curve
+FRONT = 12  # points of the trade-off that are reported
+MIDDLE = 5  # bits that the preconditioning expects where no size says how many there will be
+
+LEAST_NOISE = 1e-30  # that a number of decibels is given for
+
+Plan = Mapping[str, Bits]
+
+
+@dataclass(frozen=True, slots=True)
+class Point:
+    """A file that could be written."""
+
+    bytes: int
+    predicted_db: float  # SQNR at the outputs, the lowest where there are several
+    chosen: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Sizes:
+    """What a plan's file takes, before anything is solved."""
+
+    graph: Graph
+    layers: Sequence[Layer]
+    sites: Sequence[Site]
+    form: str
+    activations: str
+    signed: bool
+    extra: int  # bytes of the provenance
+
+    def of_file(self, plan: Plan) -> int:
+        """Bytes of the file."""
+        return self.extra + file_bytes(self.graph, self.form, self.layers, plan, self.sites, self.signed)
+
+    def of_weight(self, layer: Layer, bits: int) -> int:
+        """Bytes that the layer's codes add to it."""
+        return weight_bytes(self.graph, self.form, self.activations, layer, bits)
+
+
+def expected(plan: Plan, sizes: Sizes, most: int | None) -> Plan:
+    """The plan with as many bits for all the free layers alike as the size allows."""
+    if most is None:
+        return _level(plan, MIDDLE)
+    fitting = (bits for bits in reversed(BITS) if sizes.of_file(_level(plan, bits)) <= most)
+    return _level(plan, next(fitting, BITS.start))
+
+
+def _level(plan: Plan, bits: int) -> Plan:
+    return {name: replace(of, weight=bits) if of.free else of for name, of in plan.items()}
+
+
+def choose_bits(
+    graph: Graph,
+    layers: Sequence[Layer],
+    plan: Plan,
+    pruning: Mapping[str, Pruning],
+    grids: Mapping[str, ActivationGrid],
+    samples: Samples,
+    feed: Feed,
+    sizes: Sizes,
+    config: Config,
+    most: int | None,
+) -> tuple[Plan, tuple[Point, ...]]:
+    """The plan with the weights' bits chosen, and the trade-off around it, sizes rising.
+
+    `feed` holds samples of the model's inputs, `most` is the file's limit in bytes; without it the file is the smallest
+    that is predicted to hold `fail_under`. What cannot be reached is approached: the smallest file, or the best.
+    """
+    influence = influences(graph, layers, samples.moments, feed)
+    if not any(influence.values()):  # no output is a real number, or nothing reaches one
+        influence = dict.fromkeys(influence, 1.0)
+    exact = [unrounded(pose(graph, layer, plan[layer.name], Pruning(), grids, samples, config)) for layer in layers]
+    floor, share = _grid_noise(graph, exact, sizes.sites, grids, feed, sizes.signed)
+    bits = [list(BITS) if plan[layer.name].free else [plan[layer.name].weight or BITS.stop] for layer in layers]
+
+    def curve(layer: Layer, row: Sequence[int]) -> list[float]:
+        tasks = (
+            pose(graph, layer, replace(plan[layer.name], weight=b), pruning[layer.name], grids, samples, config)
+            for b in row
+        )
+        return [influence[layer.name] * _error(task, samples.moments[layer.name]) for task in tasks]
+
+    with threadpool_limits(limits=1), ThreadPoolExecutor(config.jobs) as pool:
+        noises = list(pool.map(curve, layers, bits))
+    choices = _Choices(plan, sizes, bits, noises, floor, share)
+    answer = choices.within(most) if most is not None else choices.holding(config.fail_under or 0.0)
+    return choices.plan_of(answer), choices.front(answer)
+
+
+class _Choices:
+    """What bits each layer may have, what they cost and what they take; a solution is one index for each layer."""
+
+    def __init__(
+        self,
+        plan: Plan,
+        sizes: Sizes,
+        bits: Sequence[Sequence[int]],
+        noises: Sequence[Sequence[float]],
+        floor: float,
+        share: float,
+    ) -> None:
+        """bits, noises [layers][choices]; floor: the noise that is there in any case; share: of power in dB's terms."""
+        self._plan, self._sizes, self._bits, self._noises = plan, sizes, bits, noises
+        self._floor, self._share = floor, share
+        self._widths = [[sizes.of_weight(layer, b) for b in row] for layer, row in zip(sizes.layers, bits, strict=True)]
+
+    def plan_of(self, chosen: Sequence[int]) -> Plan:
+        layers = zip(self._sizes.layers, self._bits, chosen, strict=True)
+        return {**self._plan, **{of.name: replace(self._plan[of.name], weight=row[i]) for of, row, i in layers}}
+
+    def within(self, most: int) -> list[int]:
+        """The least noise whose file fits; the smallest file where none does.
+
+        Files also hold constants that layers share, so that sizes do not quite add up: what is over comes off the limit.
+        """
+        smallest = _least(self._widths, self._noises)
+        limit = _total(self._widths, smallest) + most - self._size(smallest)
+        while (found := knapsack(self._noises, self._widths, limit)) is not None:
+            over = self._size(found) - most
+            if over <= 0:
+                return found
+            limit -= over
+        return smallest
+
+    def holding(self, decibels: float) -> list[int]:
+        """The smallest file that is predicted to hold them; the least noise where none does."""
+        found = knapsack(self._widths, self._noises, 10 ** (-decibels / 10) / self._share - self._floor)
+        return _least(self._noises, self._widths) if found is None else found
+
+    def front(self, answer: Sequence[int]) -> tuple[Point, ...]:
+        """The best files between the smallest and the best of all, and the answer, sizes rising."""
+        ends = [self._size(_least(*tables)) for tables in ((self._widths, self._noises), (self._noises, self._widths))]
+        points = [self._point(self.within(round(most)), False) for most in np.linspace(ends[0], ends[1], FRONT)]
+        points.append(self._point(answer, True))
+        kept: list[Point] = []
+        for point in sorted(points, key=lambda point: (point.bytes, -point.predicted_db, not point.chosen)):
+            if point.chosen or not kept or point.predicted_db > kept[-1].predicted_db:
+                kept.append(point)
+        return tuple(kept)
+
+    def _size(self, chosen: Sequence[int]) -> int:
+        return self._sizes.of_file(self.plan_of(chosen))
+
+    def _point(self, chosen: Sequence[int], answer: bool) -> Point:
+        noise = self._share * (self._floor + _total(self._noises, chosen))
+        return Point(self._size(chosen), -10 * math.log10(max(noise, LEAST_NOISE)), answer)
+
+
+def _least(table: Sequence[Sequence[float]], then: Sequence[Sequence[float]]) -> list[int]:
+    """The least entry of every row, of equal ones that with the least in the other table."""
+    return [int(np.lexsort((other, row))[0]) for row, other in zip(table, then, strict=True)]
+
+
+def _total(table: Sequence[Sequence[float]], chosen: Sequence[int]) -> float:
+    return sum(row[index] for row, index in zip(table, chosen, strict=True))
+
+
+def _error(task: Task, moments: Moments) -> float:
+    """The relative error of the layer's output, its mean corrected, with the weight that the task's method finds."""
+    problem = task.problem.thinned(MOST_ROWS)
+    covariance = patch_moments(task.layer, moments, around_mean=True)[1]
+    stored = SOLVERS[task.method].solve(problem).weight
+    return relative_loss(float(channel_loss(problem.weight, stored, covariance).sum()), problem.weight, covariance)
+
+
+def _grid_noise(
+    graph: Graph,
+    answers: Sequence[Solved],
+    sites: Sequence[Site],
+    grids: Mapping[str, ActivationGrid],
+    feed: Feed,
+    signed: bool,
+) -> tuple[float, float]:
+    """Noise of the activations' grids alone, in units of the outputs' power around the mean, and the share of that power.
+
+    `answers` hold the float weights, and the biases that take up what the grids add in the mean.
+    """
+    twin = Graph(graph.snapshot())
+    exact = numbers(run(open_session(twin.model, arena=False), feed))
+    biases = {answer.layer.name: answer.stored_bias for answer in answers}
+    for layer in find_layers(twin)[0]:
+        if layer.name in biases:
+            set_bias(twin, layer, biases[layer.name])
+    qdq.activations(twin, sites, grids, signed)
+    twin.commit()
+    # Optimized, onnxruntime would round the float weights between the grids too.
+    session = open_session(twin.model, optimize=False, arena=False)
+    return relative_error(exact, numbers(run(session, feed))), power_share(exact)
