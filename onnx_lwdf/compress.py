@@ -8,9 +8,10 @@ from dataclasses import dataclass, replace
 import numpy as np
 import onnx
 
-from onnx_lwdf.activations.inputs import InputSpec, read_inputs
+from onnx_lwdf.activations.inputs import InputSpec, find_inputs, read_inputs
 from onnx_lwdf.activations.sampler import draw_chunks, synthesize
 from onnx_lwdf.activations.taps import Feed
+from onnx_lwdf.batch import FixedBatch, fix_batch, free_batch
 from onnx_lwdf.channels.prune import Pruned, prune_channels
 from onnx_lwdf.channels.spread import pooled_sources
 from onnx_lwdf.channels.surgery import Mask
@@ -62,6 +63,7 @@ class Prepared:
     pruning: Mapping[str, Pruning]
     origins: Mapping[str, str]  # layer name -> where the statistics of its input come from
     inputs: Sequence[InputSpec]
+    fixed: FixedBatch | None  # the batch that the model was exported for, free until it is written
     warnings: tuple[str, ...]
 
 
@@ -98,9 +100,11 @@ def compress_model(source: Source, config: Config, on_layer: OnLayer) -> Compres
     signed = TARGETS[config.target].signed_activations
     sizes = emit(graph, FORMATS[config.stored_format].store, stored, work.sites, work.grids, signed)
     graph.commit()
+    if prepared.fixed is not None:
+        fix_batch(graph, prepared.fixed)
 
     kept = work.kept if config.weight_bits is None else {}
-    fidelity = verify(source.model, reference, graph.model, outputs, _verification(prepared.inputs, config), kept)
+    fidelity = verify(source.model, reference, graph.model, outputs, _verification(prepared, config), kept)
     on_layer(Progress("verify", "", 1, 1))
     shapes = {item.layer.name: item.weight.shape for item in stored}
     return Compressed(graph.model, work.prepared, solved, before, shapes, work.notes, sizes, fidelity)
@@ -162,6 +166,7 @@ def prepare(model: onnx.ModelProto, config: Config) -> Prepared:
     notes = [note, fix_initializers(model)]
     graph = Graph(model)
     statistics = fold(graph)
+    fixed = free_batch(graph, find_inputs(graph, config))
     layers, skipped = find_layers(graph, config.exclude)
     fit = operators(config.activations)
     skipped += [_unfit(graph, layer, form) for layer in layers if layer.op not in fit]
@@ -179,9 +184,8 @@ def prepare(model: onnx.ModelProto, config: Config) -> Prepared:
     known = [spec.name for spec in inputs if spec.inferred]
     sampled = config.source == "data"
     origins = {layer.name: "data" if sampled else origin(graph, layer.input, statistics, known) for layer in layers}
-    return Prepared(
-        graph, layers, skipped, statistics, plan, pruning, origins, inputs, (*filter(None, notes), *warnings)
-    )
+    warnings = (*filter(None, notes), *warnings)
+    return Prepared(graph, layers, skipped, statistics, plan, pruning, origins, inputs, fixed, warnings)
 
 
 def _unfit(graph: Graph, layer: Layer, name: str) -> Skipped:
@@ -207,6 +211,7 @@ def _stored(graph: Graph, answer: Solved) -> Stored:
     return Stored(layer, values, rounded, answer.stored_bias, answer.grid)
 
 
-def _verification(inputs: Sequence[InputSpec], config: Config) -> list[dict[str, np.ndarray]]:
+def _verification(prepared: Prepared, config: Config) -> list[Feed]:
     rng = np.random.default_rng([config.seed, 2])
-    return [{spec.name: spec.draw(1, rng) for spec in inputs} for _ in range(VERIFIED_SAMPLES)]
+    count = 1 if prepared.fixed is None else prepared.fixed.size
+    return [{spec.name: spec.draw(count, rng) for spec in prepared.inputs} for _ in range(VERIFIED_SAMPLES)]

@@ -112,7 +112,7 @@ class Graph:
     def add_constant(self, stem: str, value: npt.ArrayLike) -> str:
         """A new initializer under a fresh name; its name."""
         name = self.unique(stem)
-        self._store(name, value)
+        self.overwrite(name, value)
         return name
 
     def shared_constant(self, value: npt.ArrayLike) -> str:
@@ -130,7 +130,7 @@ class Graph:
         name = node.input[index]
         own = name in self.initializers and self.sole_consumer(name) is node and list(node.input).count(name) == 1
         if own:
-            self._store(name, value)
+            self.overwrite(name, value)
             return
         self.connect(node, index, self.add_constant(stem, value))
 
@@ -143,12 +143,14 @@ class Graph:
         if all(reader is not node for reader in self.consumers[tensor]):
             self.consumers[tensor].append(node)
 
-    def _store(self, name: str, value: npt.ArrayLike) -> None:
+    def overwrite(self, name: str, value: npt.ArrayLike) -> None:
+        """Let the initializer of this name have this value."""
         proto = numpy_helper.from_array(np.asarray(value, order="C"), name)
         if name in self.initializers:
             doc = self.initializers[name].doc_string
             self.initializers[name].CopyFrom(proto)
-            self.initializers[name].doc_string = doc
+            if doc:
+                self.initializers[name].doc_string = doc
         else:
             self.initializers[name] = proto
         self._values.pop(name, None)

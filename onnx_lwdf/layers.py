@@ -275,6 +275,8 @@ def _refusal(graph: Graph, node: onnx.NodeProto) -> str | None:
         return f"the weight has {weight.ndim} dimensions, not 2"
     if node.op_type == "Gemm":
         return _gemm_refusal(graph, node)
+    if node.op_type == "ConvTranspose" and attribute(node, "group", 1) != 1:
+        return "a grouped ConvTranspose has no axis along which its outputs run"
     bias = node.input[2] if len(node.input) > 2 else ""
     return "the bias is not constant" if bias and graph.constant(bias) is None else None
 
@@ -282,14 +284,12 @@ def _refusal(graph: Graph, node: onnx.NodeProto) -> str | None:
 def _gemm_refusal(graph: Graph, node: onnx.NodeProto) -> str | None:
     if attribute(node, "transA", 0):
         return "the input is transposed (transA)"
-    if attribute(node, "alpha", 1.0) != 1.0 or attribute(node, "beta", 1.0) != 1.0:
-        return "alpha or beta is not 1"
     bias = node.input[2] if len(node.input) > 2 else ""
-    if not bias:
-        return None
-    value = graph.constant(bias)
+    value = graph.constant(bias) if bias else np.zeros(1)
     if value is None:
         return "the bias is not constant"
+    if attribute(node, "alpha", 1.0) != 1.0 or attribute(node, "beta", 1.0) != 1.0:
+        return "alpha or beta is not 1"
     return "the bias differs by row" if value.ndim > 1 and value.shape[0] != 1 else None
 
 
