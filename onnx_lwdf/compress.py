@@ -22,7 +22,7 @@ from onnx_lwdf.errors import ModelError
 from onnx_lwdf.graph import Graph
 from onnx_lwdf.layers import Bits, Layer, Pruning, Skipped, find_layers, from_canonical, output_axis, weight_of
 from onnx_lwdf.layerwise import Solved, choose_grids, solve_layers
-from onnx_lwdf.model_io import Source, fix_initializers, raise_opset
+from onnx_lwdf.model_io import Source, fix_initializers, inline_functions, raise_opset
 from onnx_lwdf.plan import plan_bits
 from onnx_lwdf.precondition.channels import find_groups
 from onnx_lwdf.precondition.fold import fold
@@ -162,7 +162,8 @@ def _solve(prepared: Prepared, chunks: Sequence[Feed], config: Config, on_layer:
 def prepare(model: onnx.ModelProto, config: Config) -> Prepared:
     """Read and precondition: layers found, BatchNormalization folded, bits planned."""
     form = config.stored_format
-    model, note = raise_opset(copy_of(model), oldest_opset(form, config.lowest_weight_bits, config.activations), form)
+    opset = oldest_opset(form, config.lowest_weight_bits, config.activations)
+    model, note = raise_opset(inline_functions(copy_of(model)), opset, form)
     notes = [note, fix_initializers(model)]
     graph = Graph(model)
     statistics = fold(graph)

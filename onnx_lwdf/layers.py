@@ -22,6 +22,10 @@ from onnx_lwdf.graph import Graph, attribute, node_name, subgraphs
 from onnx_lwdf.runtime import Array
 
 WEIGHTED = ("Conv", "ConvTranspose", "Gemm", "MatMul")
+LEFT_ALONE = {  # operators that hold weights too
+    **dict.fromkeys(("LSTM", "GRU", "RNN"), "the weights of recurrent layers stay float"),
+    **dict.fromkeys(("QLinearConv", "QLinearMatMul", "ConvInteger", "MatMulInteger"), "already quantized"),
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -106,13 +110,13 @@ class Skipped:
 
 
 def find_layers(graph: Graph, exclude: Iterable[str] = ()) -> tuple[list[Layer], list[Skipped]]:
-    """Every Conv, ConvTranspose, Gemm and MatMul once, in graph order, names made unique."""
+    """Every Conv, ConvTranspose, Gemm and MatMul, and what else holds weights, once, in graph order, names made unique."""
     layers: list[Layer] = []
     skipped: list[Skipped] = []
     seen: dict[str, int] = {}
     for node in graph.nodes:
         skipped.extend(_inner(node))
-        if node.op_type not in WEIGHTED or node.domain not in ("", "ai.onnx"):
+        if node.op_type not in (*WEIGHTED, *LEFT_ALONE) or node.domain not in ("", "ai.onnx"):
             continue
         name = node_name(node)
         seen[name] = seen.get(name, 0) + 1
@@ -179,6 +183,11 @@ def output_channels(graph: Graph, layer: Layer) -> int:
     value = graph.constant(layer.weight)
     assert value is not None, layer.name
     return output_axis_size(layer, value.shape)
+
+
+def input_channels(graph: Graph, layer: Layer) -> int:
+    groups, _, inputs = weight_of(graph, layer).shape
+    return groups * inputs // layer.kernel_size
 
 
 def output_axis(layer: Layer) -> int:
@@ -260,15 +269,19 @@ def _bias_place(graph: Graph, node: onnx.NodeProto) -> tuple[onnx.NodeProto, int
 
 def _refusal(graph: Graph, node: onnx.NodeProto) -> str | None:
     """Why the node cannot be compressed, None where it can."""
-    weight = graph.constant(node.input[1])
+    if node.op_type in LEFT_ALONE:
+        return LEFT_ALONE[node.op_type]
+    weight, maker = graph.constant(node.input[1]), graph.producer.get(node.input[1])
     if weight is None:
+        if maker is not None and maker.op_type == "DequantizeLinear":
+            return "the weight is already quantized"
         if node.op_type == "MatMul" and graph.constant(node.input[0]) is not None:
             return "the constant is on the left side"
         return "the weight is not constant"
     if node.input[1] in graph.outputs:
         return "the weight is an output of the model"
     if weight.dtype != np.float32:
-        return f"the weight is {weight.dtype}, not float32"
+        return f"the weight is {weight.dtype}; export the model in float32"
     if weight.size == 0:
         return "the weight is empty"
     if node.op_type == "MatMul" and weight.ndim != 2:

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import onnx
+import onnx.inliner
 from google.protobuf.message import DecodeError
 from onnx import external_data_helper, version_converter
 
@@ -99,6 +100,11 @@ def _external_files(model: onnx.ModelProto) -> dict[str, None]:
         if external_data_helper.uses_external_data(tensor):
             names[external_data_helper.ExternalDataInfo(tensor).location] = None
     return names
+
+
+def inline_functions(model: onnx.ModelProto) -> onnx.ModelProto:
+    """The model with the bodies of its local functions in place of their calls."""
+    return onnx.inliner.inline_local_functions(model) if model.functions else model
 
 
 def raise_opset(model: onnx.ModelProto, opset: int, form: str) -> tuple[onnx.ModelProto, str | None]:

@@ -19,8 +19,8 @@ import onnx
 from onnx_lwdf.activations.images import F32, dead_leaves
 from onnx_lwdf.config import Config
 from onnx_lwdf.errors import ModelError, OptionError
-from onnx_lwdf.graph import Graph
-from onnx_lwdf.layers import WEIGHTED
+from onnx_lwdf.graph import Graph, attribute
+from onnx_lwdf.layers import WEIGHTED, find_layers, input_channels
 from onnx_lwdf.runtime import Array, copy_of, open_session, run
 from onnx_lwdf.statistics import F64, ChannelStatistics, Statistics
 
@@ -89,9 +89,10 @@ class InputSpec:
     shape: tuple[int, ...]  # of a single sample, without the batch axis
     batch: int | None  # samples at a time where the model fixes them; 0: a scalar, which has no such axis
     dtype: np.dtype[Any]
+    rows: int  # of the table that it picks from, where it holds indices; else 0
     channels_last: bool
     image: bool
-    normalization: Normalization | None  # None: standard normal values, or ones where it holds integers
+    normalization: Normalization | None  # None: standard normal values, or any index, or ones for other integers
     inferred: bool  # from stored statistics, or given by the user
 
     def draw(self, count: int, rng: np.random.Generator) -> Array:
@@ -102,7 +103,8 @@ class InputSpec:
             return self.place(dead_leaves(count, channels, height, width, rng))
         shape = self.shape if self.batch == 0 else (count, *self.shape)
         if self.dtype.kind != "f":
-            return np.ones(shape, self.dtype)  # a size, an index, a switch: no random number would be right
+            picked = rng.integers(self.rows, size=shape) if self.rows else np.ones(shape)  # a size or a switch is 1
+            return np.asarray(picked).astype(self.dtype)
         if self.normalization is not None:
             return np.asarray(rng.uniform(*self.normalization.range, shape)).astype(self.dtype)
         return np.asarray(rng.standard_normal(shape)).astype(self.dtype)
@@ -136,12 +138,31 @@ def find_inputs(graph: Graph, config: Config) -> list[InputSpec]:
         names = ", ".join(graph.inputs)
         raise OptionError(f"input-shape names {sorted(unknown)[0]!r}, which is no input; the inputs are {names}")
     infos = {value.name: value for value in graph.model.graph.input}
-    return [_spec(infos[name], config) for name in graph.inputs]
+    specs = [_spec(infos[name], _channels_read(graph, name), config) for name in graph.inputs]
+    return [replace(spec, rows=_rows_read(graph, spec.name)) for spec in specs]
+
+
+def _channels_read(graph: Graph, name: str) -> tuple[int, int] | None:
+    """The axis of the input's channels and their number, where a layer reads it."""
+    for layer in find_layers(graph)[0]:
+        if layer.input == name:
+            return (1 if layer.window else -1), input_channels(graph, layer)
+    return None
+
+
+def _rows_read(graph: Graph, name: str) -> int:
+    """How many rows the smallest table has that the input picks from; 0 where it picks from none."""
+    rows = []
+    for node in graph.consumers[name]:
+        table = graph.constant(node.input[0])
+        if node.op_type == "Gather" and table is not None and table.ndim:
+            rows.append(table.shape[int(attribute(node, "axis", 0))])
+    return min(rows, default=0)
 
 
 def _assumption(spec: InputSpec) -> str:
     if not spec.image:
-        values = "standard normal values" if spec.dtype.kind == "f" else "ones"
+        values = "standard normal values" if spec.dtype.kind == "f" else "any indices" if spec.rows else "ones"
         return f"input {spec.name!r} is not an image: {values} of shape {spec.shape} stand in for it"
     assert spec.normalization is not None
     return (
@@ -150,20 +171,22 @@ def _assumption(spec: InputSpec) -> str:
     )
 
 
-def _spec(info: onnx.ValueInfoProto, config: Config) -> InputSpec:
+def _spec(info: onnx.ValueInfoProto, channels: tuple[int, int] | None, config: Config) -> InputSpec:
     kind = info.type.tensor_type
     if not info.type.HasField("tensor_type") or kind.elem_type not in DRAWN:
         word = onnx.TensorProto.DataType.Name(kind.elem_type).lower() if kind.elem_type else "no tensor"
         raise ModelError(f"input {info.name!r} is {word}, for which no values can be made up; export it without")
     dtype = np.dtype(onnx.helper.tensor_dtype_to_np_dtype(kind.elem_type))
     if kind.HasField("shape") and not kind.shape.dim and info.name not in config.input_shape:
-        return InputSpec(info.name, (), 0, dtype, False, False, None, inferred=False)
+        return InputSpec(info.name, (), 0, dtype, 0, False, False, None, inferred=False)
     known = [dim.dim_value if dim.HasField("dim_value") else 0 for dim in kind.shape.dim]
+    if channels is not None and len(known) > channels[0] and known[channels[0]] == 0:
+        known[channels[0]] = channels[1]
     shape = _full_shape(info.name, known, config)
     image = len(shape) == 4 and (shape[1] in (1, 3) or shape[3] in (1, 3)) and kind.elem_type in PIXELS
     last = image and shape[1] not in (1, 3)
-    batch = known[0] if known and known[0] > 0 else None
-    return InputSpec(info.name, tuple(shape[1:]), batch, dtype, last, image, None, inferred=False)
+    batch = kind.shape.dim[0].dim_value or None if known else None
+    return InputSpec(info.name, tuple(shape[1:]), batch, dtype, 0, last, image, None, inferred=False)
 
 
 def _full_shape(name: str, known: list[int], config: Config) -> list[int]:

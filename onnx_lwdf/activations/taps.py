@@ -18,7 +18,7 @@ import onnxruntime as ort
 
 from onnx_lwdf.errors import ModelError
 from onnx_lwdf.graph import Graph
-from onnx_lwdf.layers import Layer, Window, weight_of
+from onnx_lwdf.layers import Layer, Window, input_channels
 from onnx_lwdf.runtime import Array, copy_of, open_session, run, trim
 from onnx_lwdf.statistics import F64, ChannelStatistics, Statistics
 
@@ -237,10 +237,15 @@ def _session(graph: Graph, taps: Sequence[_Tap]) -> ort.InferenceSession:
 
 
 def _layer_tap(graph: Graph, layer: Layer, source: str, shape: tuple[int, ...], total: int) -> _Tap:
-    groups, _, width = weight_of(graph, layer).shape if layer.op != "ConvTranspose" else (layer.groups, 0, 0)
+    groups, channels = layer.groups, input_channels(graph, layer)
+    rank = 2 + len(layer.window.kernel) if layer.window else max(len(shape), 1)
+    if len(shape) != rank or shape[1 if layer.window else -1] != channels:
+        raise ModelError(
+            f"layer {layer.name!r} takes {channels} channels, and its input is {shape}; give --input-shape"
+        )
     if layer.window is None:
-        return _row_tap(graph, source, shape, width, total)
-    channels = shape[1] // groups
+        return _row_tap(graph, source, shape, channels, total)
+    channels //= groups
     window = layer.window if layer.op == "Conv" else _pointwise(layer.window)
     wanted = _positions(channels * math.prod(window.kernel), groups)
     return _window_tap(graph, source, shape, window, groups, -(-wanted // total))
