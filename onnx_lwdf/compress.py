@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence, Set
 from dataclasses import dataclass, replace
+from types import MappingProxyType
 
 import numpy as np
 import onnx
@@ -19,8 +20,8 @@ from onnx_lwdf.config import TARGETS, Config
 from onnx_lwdf.emit import FORMATS, emit, oldest_opset, operators
 from onnx_lwdf.emit.stored import Rounded, Stored
 from onnx_lwdf.errors import ModelError
-from onnx_lwdf.graph import Graph
-from onnx_lwdf.layers import Bits, Layer, Pruning, Skipped, find_layers, from_canonical, output_axis, weight_of
+from onnx_lwdf.graph import Graph, node_name
+from onnx_lwdf.layers import Bits, Layer, Pruning, Skipped, find_layers, from_canonical, output_axis, sources, weight_of
 from onnx_lwdf.layerwise import Solved, choose_grids, solve_layers
 from onnx_lwdf.model_io import Source, fix_initializers, inline_functions, raise_opset
 from onnx_lwdf.plan import plan_bits
@@ -31,11 +32,12 @@ from onnx_lwdf.pruning import plan_pruning, share_budget
 from onnx_lwdf.ranges import ActivationGrid
 from onnx_lwdf.recalibration import recalibrate
 from onnx_lwdf.runtime import copy_of
-from onnx_lwdf.sites import Site, find_sites
+from onnx_lwdf.sites import Site, find_sites, float_tails
 from onnx_lwdf.statistics import Statistics, origin
 from onnx_lwdf.verify import Fidelity, verify
 
 VERIFIED_SAMPLES = 8
+TAIL = "joins what different layers put out, and no layer follows: stays float"
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,6 +64,7 @@ class Prepared:
     plan: Mapping[str, Bits]
     pruning: Mapping[str, Pruning]
     origins: Mapping[str, str]  # layer name -> where the statistics of its input come from
+    sources: Mapping[str, Set[str]]  # layer name -> the layers from which it reads
     inputs: Sequence[InputSpec]
     fixed: FixedBatch | None  # the batch that the model was exported for, free until it is written
     warnings: tuple[str, ...]
@@ -82,8 +85,26 @@ class Compressed:
 
 
 def compress_model(source: Source, config: Config, on_layer: OnLayer) -> Compressed:
-    """The five steps on a model that was read; the source is not changed."""
-    prepared = prepare(source.model, config)
+    """The five steps on a model that was read; the source is not changed.
+
+    A layer that puts out more error than signal, from inputs that are sound, stays float. Raises ModelError where an output
+    has more error than signal all the same, and the user did not say with `fail_under` how much may be lost.
+    """
+    done = _compress(source, config, on_layer, {})
+    if harmed := done.fidelity.harmed(done.prepared.sources):
+        spared = {name: f"stays float: at its output {done.fidelity.layers[name]:.1f} dB were left" for name in harmed}
+        done = _compress(source, config, on_layer, spared)
+    if done.fidelity.lost and config.fail_under is None:
+        name, decibels = min(done.fidelity.lost.items(), key=lambda pair: pair[1])
+        raise ModelError(
+            f"output {name!r} would have more error than signal on synthetic inputs ({decibels:.1f} dB); nothing was written; "
+            "use more bits, fewer zeros or more channels, or say with --fail-under how much may be lost"
+        )
+    return done
+
+
+def _compress(source: Source, config: Config, on_layer: OnLayer, spared: Mapping[str, str]) -> Compressed:
+    prepared = prepare(source.model, config, spared)
     graph = prepared.graph
     before = {layer.name: weight_of(graph, layer).size for layer in prepared.layers}
     floating, chunks = graph.snapshot(), draw_chunks(prepared.inputs, config)
@@ -159,8 +180,11 @@ def _solve(prepared: Prepared, chunks: Sequence[Feed], config: Config, on_layer:
     return _Work(shared, layers, statistics, sites, grids, solved, pruned.kept, pruned.notes)
 
 
-def prepare(model: onnx.ModelProto, config: Config) -> Prepared:
-    """Read and precondition: layers found, BatchNormalization folded, bits planned."""
+def prepare(model: onnx.ModelProto, config: Config, spared: Mapping[str, str] = MappingProxyType({})) -> Prepared:
+    """Read and precondition: layers found, BatchNormalization folded, bits planned.
+
+    `spared`: layer name -> why it stays float, whatever the options say.
+    """
     form = config.stored_format
     opset = oldest_opset(form, config.lowest_weight_bits, config.activations)
     model, note = raise_opset(inline_functions(copy_of(model)), opset, form)
@@ -171,7 +195,8 @@ def prepare(model: onnx.ModelProto, config: Config) -> Prepared:
     layers, skipped = find_layers(graph, config.exclude)
     fit = operators(config.activations)
     skipped += [_unfit(graph, layer, form) for layer in layers if layer.op not in fit]
-    layers = [layer for layer in layers if layer.op in fit]
+    skipped += [_left(graph, layer, spared[layer.name]) for layer in layers if layer.name in spared]
+    layers = [layer for layer in layers if layer.op in fit and layer.name not in spared]
     if not layers:
         reasons = "; ".join(dict.fromkeys(layer.reason for layer in skipped))
         raise ModelError(f"nothing to compress: {reasons or 'the model has no Conv, ConvTranspose, Gemm or MatMul'}")
@@ -181,12 +206,14 @@ def prepare(model: onnx.ModelProto, config: Config) -> Prepared:
     idle = [layer for layer in layers if layer.name not in touched]
     skipped += [_left(graph, layer, pruning[layer.name].note) for layer in idle]
     layers = [layer for layer in layers if layer not in idle]
+    skipped += [Skipped(node_name(node), node.op_type, (), TAIL) for node in float_tails(graph, layers, plan)]
     inputs, warnings = read_inputs(graph, config, statistics)
     known = [spec.name for spec in inputs if spec.inferred]
     sampled = config.source == "data"
     origins = {layer.name: "data" if sampled else origin(graph, layer.input, statistics, known) for layer in layers}
     warnings = (*filter(None, notes), *warnings)
-    return Prepared(graph, layers, skipped, statistics, plan, pruning, origins, inputs, fixed, warnings)
+    reads = sources(graph, layers)
+    return Prepared(graph, layers, skipped, statistics, plan, pruning, origins, reads, inputs, fixed, warnings)
 
 
 def _unfit(graph: Graph, layer: Layer, name: str) -> Skipped:

@@ -137,6 +137,17 @@ def matches(pattern: str, name: str, op: str) -> bool:
     return fnmatch.fnmatchcase(name, pattern) or fnmatch.fnmatchcase(op, pattern)
 
 
+def sources(graph: Graph, layers: Iterable[Layer]) -> dict[str, frozenset[str]]:
+    """Layer name -> the layers from which its input is computed without another one between."""
+    layers = list(layers)
+    makers = {layer.output: frozenset([layer.name]) for layer in layers}
+    reached: dict[str, frozenset[str]] = {}
+    for node in graph.nodes:
+        behind = frozenset().union(*(reached.get(name, frozenset()) for name in node.input))
+        reached.update({name: makers.get(name, behind) for name in node.output})
+    return {layer.name: reached.get(layer.input, frozenset()) for layer in layers}
+
+
 def weight_of(graph: Graph, layer: Layer) -> Array:
     """The layer's weight in canonical form, float64 [groups, out, in]."""
     value = graph.constant(layer.weight)
