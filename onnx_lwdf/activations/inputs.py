@@ -179,13 +179,13 @@ def _spec(info: onnx.ValueInfoProto, channels: tuple[int, int] | None, config: C
     dtype = np.dtype(onnx.helper.tensor_dtype_to_np_dtype(kind.elem_type))
     if kind.HasField("shape") and not kind.shape.dim and info.name not in config.input_shape:
         return InputSpec(info.name, (), 0, dtype, 0, False, False, None, inferred=False)
-    known = [dim.dim_value if dim.HasField("dim_value") else 0 for dim in kind.shape.dim]
+    known = [max(dim.dim_value, 0) for dim in kind.shape.dim]  # some exporters write -1 for an open size
     if channels is not None and len(known) > channels[0] and known[channels[0]] == 0:
         known[channels[0]] = channels[1]
     shape = _full_shape(info.name, known, config)
     image = len(shape) == 4 and (shape[1] in (1, 3) or shape[3] in (1, 3)) and kind.elem_type in PIXELS
     last = image and shape[1] not in (1, 3)
-    batch = kind.shape.dim[0].dim_value or None if known else None
+    batch = known[0] or None if known else None
     return InputSpec(info.name, tuple(shape[1:]), batch, dtype, 0, last, image, None, inferred=False)
 
 

@@ -51,7 +51,7 @@ def fold(graph: Graph) -> dict[str, ChannelStatistics]:
             if before is not None and not _is_batchnorm(follower):
                 statistics[layer.node.output[0]] = before.through(affine.scale, affine.shift)
     graph.commit()
-    return statistics
+    return {name: known for name, known in statistics.items() if name in graph.producer}  # the others led nowhere
 
 
 def _fold_factors(graph: Graph, node: onnx.NodeProto) -> None:

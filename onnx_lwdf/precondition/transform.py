@@ -124,8 +124,13 @@ def _output_power(graph: Graph, layer: Layer, samples: Samples) -> float:
 
 
 def _shifts(graph: Graph, group: ChannelGroup, samples: Samples) -> dict[str, F64]:
-    """The mean of every tensor of a linear group; empty where a reader pads (a shifted zero would not be zero)."""
+    """The mean of every tensor of a linear group.
+
+    Empty where a reader pads (a shifted zero would not be zero), or has no bias that could take the mean up.
+    """
     for layer in group.consumers:
+        if layer.bias is None:
+            return {}
         if layer.window is not None and (layer.window.pads is None or any(layer.window.pads)):
             return {}
     means = {layer.output: samples.values[layer.output].mean(1, dtype=np.float64) for layer in group.producers}
