@@ -295,14 +295,31 @@ def _refusal(graph: Graph, node: onnx.NodeProto) -> str | None:
         return f"the weight is {weight.dtype}; export the model in float32"
     if weight.size == 0:
         return "the weight is empty"
+    if graph.constant(node.input[0]) is not None:
+        return "the input is constant"
     if node.op_type == "MatMul" and weight.ndim != 2:
         return f"the weight has {weight.ndim} dimensions, not 2"
+    if not _fits(graph, node, weight):
+        return "its shapes do not fit together"
     if node.op_type == "Gemm":
         return _gemm_refusal(graph, node)
     if node.op_type == "ConvTranspose" and attribute(node, "group", 1) != 1:
         return "a grouped ConvTranspose has no axis along which its outputs run"
     bias = node.input[2] if len(node.input) > 2 else ""
     return "the bias is not constant" if bias and graph.constant(bias) is None else None
+
+
+def _fits(graph: Graph, node: onnx.NodeProto, weight: Array) -> bool:
+    """Whether weight, groups and constant bias can belong to one layer; nobody else has looked at the file so far."""
+    if node.op_type == "MatMul":
+        return True
+    groups = int(attribute(node, "group", 1))
+    rank = weight.ndim == 2 if node.op_type == "Gemm" else weight.ndim > 2
+    if not rank or groups < 1 or weight.shape[0] % groups:
+        return False
+    layer = _layer(graph, node)
+    bias = graph.constant(node.input[2]) if len(node.input) > 2 and node.input[2] else None
+    return bias is None or bias.size in (1, output_axis_size(layer, weight.shape)) or bias.ndim > 1
 
 
 def _gemm_refusal(graph: Graph, node: onnx.NodeProto) -> str | None:

@@ -86,6 +86,8 @@ def _read_file(path: Path) -> Source:
     if not model.HasField("graph") or not model.graph.node:
         raise ModelError(f"{path}: not an ONNX file, or one without a graph; export or download it again")
     external = list(_external_files(model))
+    for name in external:
+        _check_inside(path, name)
     size = len(data)
     if external:
         try:
@@ -94,6 +96,15 @@ def _read_file(path: Path) -> Source:
         except Exception as error:  # onnx raises its own checker errors beside OSError and ValueError
             raise ModelError(f"{path}: its external data cannot be read: {first_line(error)}") from error
     return Source(model, path, hashlib.sha256(data).hexdigest(), size, bool(external))
+
+
+def _check_inside(path: Path, name: str) -> None:
+    """ModelError where a file of weights is not in the model's own folder, by its name or because it is a link."""
+    folder = path.parent.resolve()
+    if Path(name).is_absolute() or not (folder / name).resolve().is_relative_to(folder):
+        raise ModelError(
+            f"{path}: its external data {name!r} is outside of its folder; move it there, or do not trust it"
+        )
 
 
 def _external_files(model: onnx.ModelProto) -> dict[str, None]:

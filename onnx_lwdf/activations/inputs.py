@@ -9,6 +9,7 @@ the normalization is estimated: channel means by least squares (the graph up to 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
@@ -28,6 +29,7 @@ _T = onnx.TensorProto
 PIXELS = (_T.FLOAT, _T.FLOAT16, _T.DOUBLE, _T.UINT8)  # types that an image may have
 DRAWN = (*PIXELS, _T.INT8, _T.INT16, _T.INT32, _T.INT64, _T.UINT16, _T.UINT32, _T.UINT64, _T.BOOL)
 DEFAULT_SIDE = 224  # pixels, where an image's height or width is dynamic
+MOST_VALUES = 2**25  # of an input: sixteen of them fill 2 GiB
 PROBES = 8  # images; the channel means over 8 x 112 x 112 positions are stable to a few percent
 WORST_DIVERGENCE = 10.0  # a single channel's say is bounded: dead channels diverge without end
 # A named convention is believed where it fits well (nats per channel), and else unless the free estimate has a far smaller
@@ -183,9 +185,11 @@ def _spec(info: onnx.ValueInfoProto, channels: tuple[int, int] | None, config: C
     if channels is not None and len(known) > channels[0] and known[channels[0]] == 0:
         known[channels[0]] = channels[1]
     shape = _full_shape(info.name, known, config)
+    batch = known[0] or None if known else None
+    if (batch or 1) * math.prod(shape[1:]) > MOST_VALUES:
+        raise OptionError(f"input {info.name!r} of shape {tuple(shape)} is too large to be made up; give --input-shape")
     image = len(shape) == 4 and (shape[1] in (1, 3) or shape[3] in (1, 3)) and kind.elem_type in PIXELS
     last = image and shape[1] not in (1, 3)
-    batch = known[0] or None if known else None
     return InputSpec(info.name, tuple(shape[1:]), batch, dtype, 0, last, image, None, inferred=False)
 
 
