@@ -88,10 +88,11 @@ def compress_model(source: Source, config: Config, on_layer: OnLayer) -> Compres
     """The five steps on a model that was read; the source is not changed.
 
     A layer that puts out more error than signal, from inputs that are sound, stays float. Raises ModelError where an output
-    has more error than signal all the same, and the user did not say with `fail_under` how much may be lost.
+    has more error than signal all the same. With `fail_under` the user says how much may be lost: less than 0 dB, too.
     """
+    least = min(0.0, config.fail_under or 0.0)
     done = _compress(source, config, on_layer, {})
-    if harmed := done.fidelity.harmed(done.prepared.sources):
+    if harmed := done.fidelity.harmed(done.prepared.sources, least):
         spared = {name: f"stays float: at its output {done.fidelity.layers[name]:.1f} dB were left" for name in harmed}
         done = _compress(source, config, on_layer, spared)
     if done.fidelity.lost and config.fail_under is None:

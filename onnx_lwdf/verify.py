@@ -30,12 +30,12 @@ class Fidelity:
         """The outputs with more error than signal: zeros would be nearer."""
         return {name: db for name, db in self.outputs.items() if db < 0}
 
-    def harmed(self, sources: Mapping[str, Set[str]]) -> list[str]:
-        """The layers with more error than signal that read from none such; `sources` says from which each one reads.
+    def harmed(self, sources: Mapping[str, Set[str]], least: float) -> list[str]:
+        """The layers below `least` dB that read from none such; `sources` says from which each one reads.
 
         A layer of zeros has no signal to compare with.
         """
-        bad = {name for name, db in self.layers.items() if not db >= 0 and db != -math.inf}
+        bad = {name for name, db in self.layers.items() if not db >= least and db != -math.inf}
         return [name for name in self.layers if name in bad and not bad & sources[name]]
 
 

@@ -53,7 +53,8 @@ def test_sources_end_at_the_next_layer():
 def test_harmed_are_those_that_began_it():
     decibels = {"a": 30.0, "b": -2.0, "c": -9.0, "dead": -math.inf, "broken": math.nan}
     reads = {"a": set(), "b": {"a"}, "c": {"a", "b"}, "dead": {"a"}, "broken": {"a", "dead"}}
-    assert Fidelity({}, decibels).harmed(reads) == ["b", "broken"]
+    assert Fidelity({}, decibels).harmed(reads, 0.0) == ["b", "broken"]
+    assert Fidelity({}, decibels).harmed(reads, -5.0) == ["c", "broken"]
 
 
 @pytest.mark.parametrize("name", ["conv_3", "gemm_13"])
