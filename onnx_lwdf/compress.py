@@ -65,6 +65,7 @@ class Prepared:
     pruning: Mapping[str, Pruning]
     origins: Mapping[str, str]  # layer name -> where the statistics of its input come from
     sources: Mapping[str, Set[str]]  # layer name -> the layers from which it reads
+    behind: Mapping[str, Set[str]]  # output -> the layers from which it comes
     inputs: Sequence[InputSpec]
     fixed: FixedBatch | None  # the batch that the model was exported for, free until it is written
     warnings: tuple[str, ...]
@@ -95,8 +96,8 @@ def compress_model(source: Source, config: Config, on_layer: OnLayer) -> Compres
     if harmed := done.fidelity.harmed(done.prepared.sources, least):
         spared = {name: f"stays float: at its output {done.fidelity.layers[name]:.1f} dB were left" for name in harmed}
         done = _compress(source, config, on_layer, spared)
-    if done.fidelity.lost and config.fail_under is None:
-        name, decibels = min(done.fidelity.lost.items(), key=lambda pair: pair[1])
+    if config.fail_under is None and (lost := done.fidelity.lost(done.prepared.behind)):
+        name, decibels = min(lost.items(), key=lambda pair: pair[1])
         raise ModelError(
             f"output {name!r} would have more error than signal on synthetic inputs ({decibels:.1f} dB); nothing was written; "
             "use more bits, fewer zeros or more channels, or say with --fail-under how much may be lost"
@@ -213,8 +214,21 @@ def prepare(model: onnx.ModelProto, config: Config, spared: Mapping[str, str] = 
     sampled = config.source == "data"
     origins = {layer.name: "data" if sampled else origin(graph, layer.input, statistics, known) for layer in layers}
     warnings = (*filter(None, notes), *warnings)
-    reads = sources(graph, layers)
-    return Prepared(graph, layers, skipped, statistics, plan, pruning, origins, reads, inputs, fixed, warnings)
+    found = sources(graph, layers)
+    return Prepared(
+        graph=graph,
+        layers=layers,
+        skipped=skipped,
+        statistics=statistics,
+        plan=plan,
+        pruning=pruning,
+        origins=origins,
+        sources={layer.name: found.get(layer.input, frozenset()) for layer in layers},
+        behind={name: found.get(name, frozenset()) for name in graph.outputs},
+        inputs=inputs,
+        fixed=fixed,
+        warnings=warnings,
+    )
 
 
 def _unfit(graph: Graph, layer: Layer, name: str) -> Skipped:

