@@ -21,6 +21,7 @@ INPUT, OUTPUT = 1 / 255, 1 / 255  # of the largest value: half a step, of a rang
 REASONS = (
     "the weight is not constant",
     "the bias is not constant",
+    "the input is constant",
     "the constant is on the left side",
     "the input is transposed (transA)",
     "the bias differs by row",
