@@ -19,7 +19,7 @@ SCHEMA = 1  # of to_dict(): raised when a name changes its meaning or goes away
 
 @dataclass(frozen=True, slots=True)
 class LayerReport:
-    """One Conv, ConvTranspose, Gemm or MatMul."""
+    """One operator that holds weights, or a Concat behind the last layer, which stays float."""
 
     name: str
     op: str
