@@ -4,7 +4,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 ENV := .venv/.ready
 
-.PHONY: demo test test-oldest lint bench bench-methods clean
+.PHONY: demo test test-oldest fuzz lint bench bench-methods clean
 
 demo: $(ENV)
 	@mkdir -p build
@@ -22,6 +22,10 @@ test-oldest: .venv-oldest/.ready
 	$(PYTHON) -m venv .venv-oldest
 	.venv-oldest/bin/python -m pip install --quiet --editable . hypothesis pytest --constraint tests/oldest.txt
 	@touch $@
+
+# Ten thousand random networks; half a second each.
+fuzz: $(ENV)
+	FUZZ_EXAMPLES=10000 $(BIN)/python -m pytest tests/test_fuzz.py
 
 lint: $(ENV)
 	$(BIN)/ruff check .

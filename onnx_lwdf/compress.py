@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence, Set
 from dataclasses import dataclass, replace
+from types import MappingProxyType
 
 import numpy as np
 import onnx
 
-from onnx_lwdf.activations.inputs import InputSpec, read_inputs
+from onnx_lwdf.activations.inputs import InputSpec, find_inputs, read_inputs
 from onnx_lwdf.activations.sampler import draw_chunks, synthesize
 from onnx_lwdf.activations.taps import Feed
+from onnx_lwdf.batch import FixedBatch, fix_batch, free_batch
 from onnx_lwdf.channels.prune import Pruned, prune_channels
 from onnx_lwdf.channels.spread import pooled_sources
 from onnx_lwdf.channels.surgery import Mask
@@ -18,10 +20,10 @@ from onnx_lwdf.config import TARGETS, Config
 from onnx_lwdf.emit import FORMATS, emit, oldest_opset, operators
 from onnx_lwdf.emit.stored import Rounded, Stored
 from onnx_lwdf.errors import ModelError
-from onnx_lwdf.graph import Graph
-from onnx_lwdf.layers import Bits, Layer, Pruning, Skipped, find_layers, from_canonical, output_axis, weight_of
+from onnx_lwdf.graph import Graph, node_name
+from onnx_lwdf.layers import Bits, Layer, Pruning, Skipped, find_layers, from_canonical, output_axis, sources, weight_of
 from onnx_lwdf.layerwise import Solved, choose_grids, solve_layers
-from onnx_lwdf.model_io import Source, add_provenance, fix_initializers, raise_opset
+from onnx_lwdf.model_io import Source, add_provenance, fix_initializers, inline_functions, raise_opset
 from onnx_lwdf.plan import plan_bits
 from onnx_lwdf.precondition.channels import find_groups
 from onnx_lwdf.precondition.fold import fold
@@ -30,12 +32,13 @@ from onnx_lwdf.pruning import plan_pruning, share_budget
 from onnx_lwdf.ranges import ActivationGrid
 from onnx_lwdf.recalibration import recalibrate
 from onnx_lwdf.runtime import copy_of
-from onnx_lwdf.sites import Site, find_sites
+from onnx_lwdf.sites import Site, find_sites, float_tails
 from onnx_lwdf.statistics import Statistics, origin
 from onnx_lwdf.tradeoff import Point, Sizes, choose_bits, expected
 from onnx_lwdf.verify import Fidelity, verify
 
 VERIFIED_SAMPLES = 8
+TAIL = "joins what different layers put out, and no layer follows: stays float"
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,7 +65,10 @@ class Prepared:
     plan: Mapping[str, Bits]
     pruning: Mapping[str, Pruning]
     origins: Mapping[str, str]  # layer name -> where the statistics of its input come from
+    sources: Mapping[str, Set[str]]  # layer name -> the layers from which it reads
+    behind: Mapping[str, Set[str]]  # output -> the layers from which it comes
     inputs: Sequence[InputSpec]
+    fixed: FixedBatch | None  # the batch that the model was exported for, free until it is written
     warnings: tuple[str, ...]
 
 
@@ -82,8 +88,27 @@ class Compressed:
 
 
 def compress_model(source: Source, config: Config, on_layer: OnLayer) -> Compressed:
-    """The five steps on a model that was read; the source is not changed."""
-    prepared = prepare(source.model, config)
+    """The five steps on a model that was read; the source is not changed.
+
+    A layer that puts out more error than signal, from inputs that are sound, stays float. Raises ModelError where an output
+    has more error than signal all the same. With `fail_under` the user says how much may be lost: less than 0 dB, too.
+    """
+    least = min(0.0, config.fail_under or 0.0)
+    done = _compress(source, config, on_layer, {})
+    if harmed := done.fidelity.harmed(done.prepared.sources, least):
+        spared = {name: f"stays float: at its output {done.fidelity.layers[name]:.1f} dB were left" for name in harmed}
+        done = _compress(source, config, on_layer, spared)
+    if config.fail_under is None and (lost := done.fidelity.lost(done.prepared.behind)):
+        name, decibels = min(lost.items(), key=lambda pair: pair[1])
+        raise ModelError(
+            f"output {name!r} would have more error than signal on synthetic inputs ({decibels:.1f} dB); nothing was written; "
+            "use more bits, fewer zeros or more channels, or say with --fail-under how much may be lost"
+        )
+    return done
+
+
+def _compress(source: Source, config: Config, on_layer: OnLayer, spared: Mapping[str, str]) -> Compressed:
+    prepared = prepare(source.model, config, spared)
     graph = prepared.graph
     before = {layer.name: weight_of(graph, layer).size for layer in prepared.layers}
     floating, chunks = graph.snapshot(), draw_chunks(prepared.inputs, config)
@@ -100,9 +125,11 @@ def compress_model(source: Source, config: Config, on_layer: OnLayer) -> Compres
     signed = TARGETS[config.target].signed_activations
     sizes = emit(graph, FORMATS[config.stored_format].store, stored, work.sites, work.grids, signed)
     graph.commit()
+    if prepared.fixed is not None:
+        fix_batch(graph, prepared.fixed)
 
     kept = work.kept if config.weight_bits is None else {}
-    fidelity = verify(source.model, reference, graph.model, outputs, _verification(prepared.inputs, config), kept)
+    fidelity = verify(source.model, reference, graph.model, outputs, _verification(prepared, config), kept)
     on_layer(Progress("verify", "", 1, 1))
     shapes = {item.layer.name: item.weight.shape for item in stored}
     return Compressed(graph.model, work.prepared, solved, before, shapes, work.notes, sizes, fidelity, work.tradeoff)
@@ -172,17 +199,23 @@ def _sizes(source: Source, graph: Graph, layers: Sequence[Layer], sites: Sequenc
     return Sizes(graph, layers, sites, config.stored_format, config.activations, signed, noted.ByteSize())
 
 
-def prepare(model: onnx.ModelProto, config: Config) -> Prepared:
-    """Read and precondition: layers found, BatchNormalization folded, bits planned."""
+def prepare(model: onnx.ModelProto, config: Config, spared: Mapping[str, str] = MappingProxyType({})) -> Prepared:
+    """Read and precondition: layers found, BatchNormalization folded, bits planned.
+
+    `spared`: layer name -> why it stays float, whatever the options say.
+    """
     form = config.stored_format
-    model, note = raise_opset(copy_of(model), oldest_opset(form, config.lowest_weight_bits, config.activations), form)
+    opset = oldest_opset(form, config.lowest_weight_bits, config.activations)
+    model, note = raise_opset(inline_functions(copy_of(model)), opset, form)
     notes = [note, fix_initializers(model)]
     graph = Graph(model)
     statistics = fold(graph)
+    fixed = free_batch(graph, find_inputs(graph, config))
     layers, skipped = find_layers(graph, config.exclude)
     fit = operators(config.activations)
     skipped += [_unfit(graph, layer, form) for layer in layers if layer.op not in fit]
-    layers = [layer for layer in layers if layer.op in fit]
+    skipped += [_left(graph, layer, spared[layer.name]) for layer in layers if layer.name in spared]
+    layers = [layer for layer in layers if layer.op in fit and layer.name not in spared]
     if not layers:
         reasons = "; ".join(dict.fromkeys(layer.reason for layer in skipped))
         raise ModelError(f"nothing to compress: {reasons or 'the model has no Conv, ConvTranspose, Gemm or MatMul'}")
@@ -192,12 +225,26 @@ def prepare(model: onnx.ModelProto, config: Config) -> Prepared:
     idle = [layer for layer in layers if layer.name not in touched]
     skipped += [_left(graph, layer, pruning[layer.name].note) for layer in idle]
     layers = [layer for layer in layers if layer not in idle]
+    skipped += [Skipped(node_name(node), node.op_type, (), TAIL) for node in float_tails(graph, layers, plan)]
     inputs, warnings = read_inputs(graph, config, statistics)
     known = [spec.name for spec in inputs if spec.inferred]
     sampled = config.source == "data"
     origins = {layer.name: "data" if sampled else origin(graph, layer.input, statistics, known) for layer in layers}
+    warnings = (*filter(None, notes), *warnings)
+    found = sources(graph, layers)
     return Prepared(
-        graph, layers, skipped, statistics, plan, pruning, origins, inputs, (*filter(None, notes), *warnings)
+        graph=graph,
+        layers=layers,
+        skipped=skipped,
+        statistics=statistics,
+        plan=plan,
+        pruning=pruning,
+        origins=origins,
+        sources={layer.name: found.get(layer.input, frozenset()) for layer in layers},
+        behind={name: found.get(name, frozenset()) for name in graph.outputs},
+        inputs=inputs,
+        fixed=fixed,
+        warnings=warnings,
     )
 
 
@@ -224,6 +271,7 @@ def _stored(graph: Graph, answer: Solved) -> Stored:
     return Stored(layer, values, rounded, answer.stored_bias, answer.grid)
 
 
-def _verification(inputs: Sequence[InputSpec], config: Config) -> list[dict[str, np.ndarray]]:
+def _verification(prepared: Prepared, config: Config) -> list[Feed]:
     rng = np.random.default_rng([config.seed, 2])
-    return [{spec.name: spec.draw(1, rng) for spec in inputs} for _ in range(VERIFIED_SAMPLES)]
+    count = 1 if prepared.fixed is None else prepared.fixed.size
+    return [{spec.name: spec.draw(count, rng) for spec in prepared.inputs} for _ in range(VERIFIED_SAMPLES)]

@@ -18,7 +18,8 @@ import onnx_graphsurgeon as gs
 from onnx import numpy_helper
 from onnx_graphsurgeon.logger import G_LOGGER
 
-from onnx_lwdf.runtime import Array, copy_of, quiet_sessions
+from onnx_lwdf.errors import ModelError
+from onnx_lwdf.runtime import Array, copy_of, first_line, quiet_sessions
 
 log = logging.getLogger(__name__)
 
@@ -87,7 +88,7 @@ class Graph:
 
     def _read_constant(self, tensor: str) -> Array | None:
         if tensor in self.initializers:
-            return np.array(numpy_helper.to_array(self.initializers[tensor]))
+            return _array(self.initializers[tensor])
         node = self.producer.get(tensor)
         if node is None:
             return None
@@ -112,7 +113,7 @@ class Graph:
     def add_constant(self, stem: str, value: npt.ArrayLike) -> str:
         """A new initializer under a fresh name; its name."""
         name = self.unique(stem)
-        self._store(name, value)
+        self.overwrite(name, value)
         return name
 
     def shared_constant(self, value: npt.ArrayLike) -> str:
@@ -130,7 +131,7 @@ class Graph:
         name = node.input[index]
         own = name in self.initializers and self.sole_consumer(name) is node and list(node.input).count(name) == 1
         if own:
-            self._store(name, value)
+            self.overwrite(name, value)
             return
         self.connect(node, index, self.add_constant(stem, value))
 
@@ -143,12 +144,14 @@ class Graph:
         if all(reader is not node for reader in self.consumers[tensor]):
             self.consumers[tensor].append(node)
 
-    def _store(self, name: str, value: npt.ArrayLike) -> None:
+    def overwrite(self, name: str, value: npt.ArrayLike) -> None:
+        """Let the initializer of this name have this value."""
         proto = numpy_helper.from_array(np.asarray(value, order="C"), name)
         if name in self.initializers:
             doc = self.initializers[name].doc_string
             self.initializers[name].CopyFrom(proto)
-            self.initializers[name].doc_string = doc
+            if doc:
+                self.initializers[name].doc_string = doc
         else:
             self.initializers[name] = proto
         self._values.pop(name, None)
@@ -282,11 +285,20 @@ def _captured(node: onnx.NodeProto) -> set[str]:
     return names
 
 
+def _array(tensor: onnx.TensorProto) -> Array:
+    try:
+        return np.array(numpy_helper.to_array(tensor))
+    except Exception as error:  # onnx raises ValueError, TypeError and others on what does not fit together
+        raise ModelError(
+            f"tensor {tensor.name!r} cannot be read: {first_line(error)}; export the model again"
+        ) from error
+
+
 def _constant_value(node: onnx.NodeProto) -> Array | None:
     for name in ("value", "value_float", "value_floats", "value_int", "value_ints"):
         value = attribute(node, name)
         if isinstance(value, onnx.TensorProto):
-            return np.array(numpy_helper.to_array(value))
+            return _array(value)
         if value is not None:
             return np.array(value, np.float32 if "float" in name else np.int64)
     return None

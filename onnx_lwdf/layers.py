@@ -22,6 +22,10 @@ from onnx_lwdf.graph import Graph, attribute, node_name, subgraphs
 from onnx_lwdf.runtime import Array
 
 WEIGHTED = ("Conv", "ConvTranspose", "Gemm", "MatMul")
+LEFT_ALONE = {  # operators that hold weights too
+    **dict.fromkeys(("LSTM", "GRU", "RNN"), "the weights of recurrent layers stay float"),
+    **dict.fromkeys(("QLinearConv", "QLinearMatMul", "ConvInteger", "MatMulInteger"), "already quantized"),
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -107,13 +111,13 @@ class Skipped:
 
 
 def find_layers(graph: Graph, exclude: Iterable[str] = ()) -> tuple[list[Layer], list[Skipped]]:
-    """Every Conv, ConvTranspose, Gemm and MatMul once, in graph order, names made unique."""
+    """Every Conv, ConvTranspose, Gemm and MatMul, and what else holds weights, once, in graph order, names made unique."""
     layers: list[Layer] = []
     skipped: list[Skipped] = []
     seen: dict[str, int] = {}
     for node in graph.nodes:
         skipped.extend(_inner(node))
-        if node.op_type not in WEIGHTED or node.domain not in ("", "ai.onnx"):
+        if node.op_type not in (*WEIGHTED, *LEFT_ALONE) or node.domain not in ("", "ai.onnx"):
             continue
         name = node_name(node)
         seen[name] = seen.get(name, 0) + 1
@@ -132,6 +136,17 @@ def find_layers(graph: Graph, exclude: Iterable[str] = ()) -> tuple[list[Layer],
 def matches(pattern: str, name: str, op: str) -> bool:
     """Whether a glob names this node, by its name or by its op type."""
     return fnmatch.fnmatchcase(name, pattern) or fnmatch.fnmatchcase(op, pattern)
+
+
+def sources(graph: Graph, layers: Iterable[Layer]) -> dict[str, frozenset[str]]:
+    """Tensor -> the layers from which it is computed without another one between; an empty set is left out."""
+    makers = {layer.output: frozenset([layer.name]) for layer in layers}
+    reached: dict[str, frozenset[str]] = {}
+    for node in graph.nodes:
+        behind = frozenset().union(*(reached.get(name, frozenset()) for name in node.input))
+        found = {name: makers.get(name, behind) for name in node.output}
+        reached.update({name: names for name, names in found.items() if names})
+    return reached
 
 
 def weight_of(graph: Graph, layer: Layer) -> Array:
@@ -180,6 +195,11 @@ def output_channels(graph: Graph, layer: Layer) -> int:
     value = graph.constant(layer.weight)
     assert value is not None, layer.name
     return output_axis_size(layer, value.shape)
+
+
+def input_channels(graph: Graph, layer: Layer) -> int:
+    groups, _, inputs = weight_of(graph, layer).shape
+    return groups * inputs // layer.kernel_size
 
 
 def output_axis(layer: Layer) -> int:
@@ -261,36 +281,57 @@ def _bias_place(graph: Graph, node: onnx.NodeProto) -> tuple[onnx.NodeProto, int
 
 def _refusal(graph: Graph, node: onnx.NodeProto) -> str | None:
     """Why the node cannot be compressed, None where it can."""
-    weight = graph.constant(node.input[1])
+    if node.op_type in LEFT_ALONE:
+        return LEFT_ALONE[node.op_type]
+    weight, maker = graph.constant(node.input[1]), graph.producer.get(node.input[1])
     if weight is None:
+        if maker is not None and maker.op_type == "DequantizeLinear":
+            return "the weight is already quantized"
         if node.op_type == "MatMul" and graph.constant(node.input[0]) is not None:
             return "the constant is on the left side"
         return "the weight is not constant"
     if node.input[1] in graph.outputs:
         return "the weight is an output of the model"
     if weight.dtype != np.float32:
-        return f"the weight is {weight.dtype}, not float32"
+        return f"the weight is {weight.dtype}; export the model in float32"
     if weight.size == 0:
         return "the weight is empty"
+    if graph.constant(node.input[0]) is not None:
+        return "the input is constant"
     if node.op_type == "MatMul" and weight.ndim != 2:
         return f"the weight has {weight.ndim} dimensions, not 2"
+    if not _fits(graph, node, weight):
+        return "its shapes do not fit together"
     if node.op_type == "Gemm":
         return _gemm_refusal(graph, node)
+    if node.op_type == "ConvTranspose" and attribute(node, "group", 1) != 1:
+        return "a grouped ConvTranspose has no axis along which its outputs run"
     bias = node.input[2] if len(node.input) > 2 else ""
     return "the bias is not constant" if bias and graph.constant(bias) is None else None
+
+
+def _fits(graph: Graph, node: onnx.NodeProto, weight: Array) -> bool:
+    """Whether weight, groups and constant bias can belong to one layer; nobody else has looked at the file so far."""
+    if node.op_type == "MatMul":
+        return True
+    groups = int(attribute(node, "group", 1))
+    rank = weight.ndim == 2 if node.op_type == "Gemm" else weight.ndim > 2
+    if not rank or groups < 1 or weight.shape[0] % groups:
+        return False
+    layer = _layer(graph, node)
+    bias = graph.constant(node.input[2]) if len(node.input) > 2 and node.input[2] else None
+    return bias is None or bias.size in (1, output_axis_size(layer, weight.shape)) or bias.ndim > 1
 
 
 def _gemm_refusal(graph: Graph, node: onnx.NodeProto) -> str | None:
     if attribute(node, "transA", 0):
         return "the input is transposed (transA)"
-    if attribute(node, "alpha", 1.0) != 1.0 or attribute(node, "beta", 1.0) != 1.0:
-        return "alpha or beta is not 1"
     bias = node.input[2] if len(node.input) > 2 else ""
-    if not bias:
-        return None
-    value = graph.constant(bias)
+    value = graph.constant(bias) if bias else np.zeros(1)
     if value is None:
         return "the bias is not constant"
+    if attribute(node, "alpha", 1.0) != 1.0 or attribute(node, "beta", 1.0) != 1.0:
+        return "alpha or beta is not 1"
     return "the bias differs by row" if value.ndim > 1 and value.shape[0] != 1 else None
 
 

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+import glob
 import hashlib
 import json
 import os
-import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
@@ -13,15 +13,18 @@ from pathlib import Path
 from typing import Any
 
 import onnx
+import onnx.inliner
 from google.protobuf.message import DecodeError
 from onnx import external_data_helper, version_converter
 
 from onnx_lwdf.errors import ModelError
 from onnx_lwdf.runtime import PROTOBUF_LIMIT_BYTES, copy_of, first_line
+from onnx_lwdf.staging import locked, settle, staging
 
 TOOL = "onnx-lwdf"
 PREFIX = "onnx_lwdf."  # of our keys in metadata_props
-OLDEST_OPSET = 7
+EXTERNAL_BYTES = 1024  # smaller tensors stay in the model's own file
+DIGITS = 12  # of a hash in the name of a file of weights
 # The IR version that onnx 1.x released with an operator set; onnxruntime refuses a file whose IR is newer than itself.
 IR_OF_OPSET: Mapping[int, int] = {9: 4, 11: 6, 13: 7, 18: 8}
 
@@ -83,6 +86,8 @@ def _read_file(path: Path) -> Source:
     if not model.HasField("graph") or not model.graph.node:
         raise ModelError(f"{path}: not an ONNX file, or one without a graph; export or download it again")
     external = list(_external_files(model))
+    for name in external:
+        _check_inside(path, name)
     size = len(data)
     if external:
         try:
@@ -93,12 +98,26 @@ def _read_file(path: Path) -> Source:
     return Source(model, path, hashlib.sha256(data).hexdigest(), size, bool(external))
 
 
+def _check_inside(path: Path, name: str) -> None:
+    """ModelError where a file of weights is not in the model's own folder, by its name or because it is a link."""
+    folder = path.parent.resolve()
+    if Path(name).is_absolute() or not (folder / name).resolve().is_relative_to(folder):
+        raise ModelError(
+            f"{path}: its external data {name!r} is outside of its folder; move it there, or do not trust it"
+        )
+
+
 def _external_files(model: onnx.ModelProto) -> dict[str, None]:
     names: dict[str, None] = {}
     for tensor in external_data_helper._get_all_tensors(model):
         if external_data_helper.uses_external_data(tensor):
             names[external_data_helper.ExternalDataInfo(tensor).location] = None
     return names
+
+
+def inline_functions(model: onnx.ModelProto) -> onnx.ModelProto:
+    """The model with the bodies of its local functions in place of their calls."""
+    return onnx.inliner.inline_local_functions(model) if model.functions else model
 
 
 def raise_opset(model: onnx.ModelProto, opset: int, form: str) -> tuple[onnx.ModelProto, str | None]:
@@ -180,34 +199,43 @@ def check_target(path: Path, source: Path | None, force: bool) -> None:
 def write(model: onnx.ModelProto, path: Path, external: bool) -> int:
     """Write the model beside the target and move it there in one step; the bytes written.
 
-    With external data the weights go to PATH.data. Raises ModelError where the disk or the folder refuses.
+    With external data the weights go to PATH.HASH.data, so that an old model's weights stay where they are until the new
+    model is in its place. Raises ModelError where the disk or the folder refuses.
     """
     external = external or model.ByteSize() >= PROTOBUF_LIMIT_BYTES
     try:
-        with tempfile.TemporaryDirectory(prefix=f".{path.name}.", dir=path.parent) as folder:
-            return _write_in(model, path, Path(folder), external)
+        with staging(path) as folder:
+            staged = folder / path.name
+            whole = _moved_out(model, folder / f"{path.name}.{_digest(model)}.data") if external else model
+            staged.write_bytes(whole.SerializeToString(deterministic=True))
+            files = sorted(folder.iterdir(), key=lambda file: file == staged)  # the model last
+            size = sum(file.stat().st_size for file in files)
+            with locked(path.parent, wait=True):
+                for file in files:
+                    settle(file, path.with_name(file.name))
+                for old in path.parent.glob(f"{glob.escape(path.name)}.{'[0-9a-f]' * DIGITS}.data"):
+                    if old.name not in {file.name for file in files}:
+                        old.unlink()
+            return size
     except OSError as error:
         raise ModelError(f"{path}: cannot be written: {error.strerror or error}") from error
 
 
-def _write_in(model: onnx.ModelProto, path: Path, folder: Path, external: bool) -> int:
-    staged, size = folder / path.name, 0
-    if external:
-        copy = copy_of(model)
-        weights = f"{path.name}.data"
-        onnx.save(copy, staged, save_as_external_data=True, location=weights, size_threshold=1024)
-        if (folder / weights).exists():
-            size = (folder / weights).stat().st_size
-            _settle(folder / weights, path.with_name(weights))
-    else:
-        staged.write_bytes(model.SerializeToString(deterministic=True))
-    size += staged.stat().st_size
-    _settle(staged, path)
-    return size
+def _moved_out(model: onnx.ModelProto, weights: Path) -> onnx.ModelProto:
+    """A copy of the model whose larger initializers are in the file `weights` (onnx's own looks for it where one stands)."""
+    copy = copy_of(model)
+    with weights.open("wb") as file:
+        for tensor in copy.graph.initializer:
+            if len(tensor.raw_data) >= EXTERNAL_BYTES:
+                external_data_helper.set_external_data(tensor, weights.name, file.tell(), len(tensor.raw_data))
+                file.write(tensor.raw_data)
+                tensor.ClearField("raw_data")
+    return copy
 
 
-def _settle(staged: Path, path: Path) -> None:
-    """Flush the staged file to the disk and move it over the target."""
-    with staged.open("rb+") as file:
-        os.fsync(file.fileno())
-    staged.replace(path)
+def _digest(model: onnx.ModelProto) -> str:
+    """Of all weights: files of the same weights have the same name."""
+    digest = hashlib.sha256()
+    for tensor in model.graph.initializer:
+        digest.update(tensor.SerializeToString(deterministic=True))
+    return digest.hexdigest()[:DIGITS]

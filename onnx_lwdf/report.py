@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import math
 import re
-import tempfile
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -14,6 +13,7 @@ from typing import Any
 
 from onnx_lwdf import page
 from onnx_lwdf.errors import ModelError, OptionError
+from onnx_lwdf.staging import settle, staging
 from onnx_lwdf.tradeoff import Point
 
 SCHEMA = 1  # of to_dict(): raised when a name changes its meaning or goes away
@@ -21,7 +21,7 @@ SCHEMA = 1  # of to_dict(): raised when a name changes its meaning or goes away
 
 @dataclass(frozen=True, slots=True)
 class LayerReport:
-    """One Conv, ConvTranspose, Gemm or MatMul."""
+    """One operator that holds weights, or a Concat behind the last layer, which stays float."""
 
     name: str
     op: str
@@ -204,10 +204,9 @@ def write(report: Report, path: Path) -> None:
     check_path(path)
     text = WRITERS[path.suffix.lower()](report)
     try:
-        with tempfile.TemporaryDirectory(prefix=f".{path.name}.", dir=path.parent) as folder:
-            staged = Path(folder) / path.name
-            staged.write_text(text, encoding="utf-8", newline="\n")
-            staged.replace(path)
+        with staging(path) as folder:
+            (folder / path.name).write_text(text, encoding="utf-8", newline="\n")
+            settle(folder / path.name, path)
     except OSError as error:
         raise ModelError(f"{path}: cannot be written: {error.strerror or error}") from error
 

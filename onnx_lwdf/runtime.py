@@ -18,7 +18,7 @@ import onnxruntime as ort
 from onnx_lwdf.errors import ModelError
 
 PROTOBUF_LIMIT_BYTES = 2**31 - 2**20  # a ModelProto above 2 GiB does not serialize
-WARNINGS, ERRORS_ONLY = 2, 3  # onnxruntime's log levels; WARNINGS is its default
+WARNINGS, ERRORS_ONLY, NOTHING = 2, 3, 4  # onnxruntime's log levels; WARNINGS is its default
 
 Array = npt.NDArray[Any]
 
@@ -36,7 +36,7 @@ def open_session(
     faster (measured on onnxruntime 1.32).
     """
     options = ort.SessionOptions()
-    options.log_severity_level = ERRORS_ONLY
+    options.log_severity_level = NOTHING  # what fails is raised, and said once
     options.enable_cpu_mem_arena = options.enable_mem_pattern = arena
     if not optimize:
         options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL

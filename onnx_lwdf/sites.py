@@ -2,12 +2,14 @@
 
 onnxruntime turns a layer into an integer kernel where its input and its output pass through QuantizeLinear, so the
 inputs of all layers and the outputs of all convolutions are sites, behind the activation where one follows; so are the
-results of joins and pools between sites. Tensors that an operator only rearranges share one grid.
+results of joins and pools between sites, as long as a layer follows. Behind the last layer they stay float: a detector joins
+boxes of hundreds of pixels and scores below one there, which no grid can share. Tensors that an operator only rearranges
+share one grid.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import onnx
@@ -32,16 +34,8 @@ class Site:
 
 def find_sites(graph: Graph, layers: Sequence[Layer], plan: Mapping[str, Bits]) -> list[Site]:
     """The sites of the layers whose activations are quantized, in graph order; each tensor is in one site."""
-    quantized = [layer for layer in layers if plan[layer.name].activation is not None]
-    wanted = {layer.input for layer in quantized}
-    wanted |= {behind_activation(graph, layer.node.output[0]) for layer in quantized if layer.op == "Conv"}
-    root: dict[str, str] = {}
-    for tensor in [*graph.inputs, *(name for node in graph.nodes for name in node.output if name)]:
-        node = graph.producer.get(tensor)
-        if node is not None and node.op_type in REARRANGING and tensor == node.output[0] and node.input[0] in root:
-            root[tensor] = root[node.input[0]]
-        elif tensor in wanted or (node is not None and _joins(graph, node, tensor, root)):
-            root[tensor] = tensor
+    quantized = _quantized(layers, plan)
+    root, _ = _places(graph, quantized)
     bits: dict[str, int] = {}
     for layer in quantized:
         place = root[layer.input]
@@ -50,6 +44,48 @@ def find_sites(graph: Graph, layers: Sequence[Layer], plan: Mapping[str, Bits]) 
     for tensor, place in root.items():
         groups.setdefault(place, []).append(tensor)
     return [_site(graph, tensors, bits.get(place, JOIN_BITS)) for place, tensors in groups.items()]
+
+
+def float_tails(graph: Graph, layers: Sequence[Layer], plan: Mapping[str, Bits]) -> list[onnx.NodeProto]:
+    """The Concats that stay float because no layer follows."""
+    _, tails = _places(graph, _quantized(layers, plan))
+    return [node for node in tails if node.op_type == "Concat"]
+
+
+def _quantized(layers: Sequence[Layer], plan: Mapping[str, Bits]) -> list[Layer]:
+    return [layer for layer in layers if plan[layer.name].activation is not None]
+
+
+def _places(graph: Graph, quantized: Sequence[Layer]) -> tuple[dict[str, str], list[onnx.NodeProto]]:
+    """Tensor -> the first one of its site; and the joins of sites that are none, because no layer follows."""
+    wanted = {layer.input for layer in quantized}
+    ahead = _ahead(graph, wanted)
+    wanted |= {behind_activation(graph, layer.node.output[0]) for layer in quantized if layer.op == "Conv"}
+    root: dict[str, str] = {}
+    tails: list[onnx.NodeProto] = []
+    for tensor in [*graph.inputs, *(name for node in graph.nodes for name in node.output if name)]:
+        node = graph.producer.get(tensor)
+        if node is not None and node.op_type in REARRANGING and tensor == node.output[0] and node.input[0] in root:
+            root[tensor] = root[node.input[0]]
+        elif tensor in wanted:
+            root[tensor] = tensor
+        elif node is not None and _joins(graph, node, tensor, root):
+            if tensor in ahead:
+                root[tensor] = tensor
+            else:
+                tails.append(node)
+    return root, tails
+
+
+def _ahead(graph: Graph, tensors: Iterable[str]) -> set[str]:
+    """These tensors and all that they are computed from."""
+    found, waiting = set(tensors), list(tensors)
+    while waiting:
+        node = graph.producer.get(waiting.pop())
+        sources = [] if node is None else [name for name in node.input if name not in found]
+        found.update(sources)
+        waiting.extend(sources)
+    return found
 
 
 def behind_activation(graph: Graph, tensor: str) -> str:

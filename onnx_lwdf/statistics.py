@@ -26,6 +26,10 @@ class ChannelStatistics:
     mean: F64  # [channels]
     deviation: F64  # [channels]
 
+    def through(self, scale: F64, shift: F64) -> ChannelStatistics:
+        """Of scale x + shift; both [channels]."""
+        return ChannelStatistics(scale * self.mean + shift, np.abs(scale) * self.deviation)
+
 
 Statistics = Mapping[str, ChannelStatistics]  # tensor name -> its statistics
 

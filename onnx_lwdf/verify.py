@@ -6,7 +6,7 @@ SQNR = 10 log10(sum float^2 / sum (float - compressed)^2)
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping, Sequence, Set
 from dataclasses import dataclass
 
 import numpy as np
@@ -22,8 +22,24 @@ from onnx_lwdf.runtime import copy_of, open_session, run
 class Fidelity:
     """SQNR in dB by tensor name; +inf where nothing differs."""
 
-    outputs: Mapping[str, float]
+    outputs: Mapping[str, float]  # those that hold real numbers, of the same shape in both models
     layers: Mapping[str, float]  # by layer name
+
+    def lost(self, sources: Mapping[str, Set[str]]) -> dict[str, float]:
+        """The outputs with more error than signal: zeros would be nearer. `sources`: output -> the layers that it comes from.
+
+        Where those are sound, the output is the tail of an activation, such as a score that is nowhere above 1e-6.
+        """
+        bad = {name for name, db in self.layers.items() if not db >= 0}
+        return {name: db for name, db in self.outputs.items() if db < 0 and (bad & sources[name] or not sources[name])}
+
+    def harmed(self, sources: Mapping[str, Set[str]], least: float) -> list[str]:
+        """The layers below `least` dB that read from none such; `sources`: layer -> the layers that it reads from.
+
+        A layer of zeros has no signal to compare with.
+        """
+        bad = {name for name, db in self.layers.items() if not db >= least and db != -math.inf}
+        return [name for name in self.layers if name in bad and not bad & sources[name]]
 
 
 def verify(
@@ -47,7 +63,7 @@ def verify(
         raise ModelError(f"the compressed model's output {lost[0]!r} is not finite; nothing was written")
     inner = [name for name in dict.fromkeys(layers.values()) if name not in outputs]
     known = measured | _compare(copy_of(preconditioned, inner), copy_of(compressed, inner), inner, feeds, kept)
-    return Fidelity(measured, {name: known[tensor] for name, tensor in layers.items()})
+    return Fidelity(measured, {name: known[tensor] for name, tensor in layers.items() if tensor in known})
 
 
 def _compare(
@@ -57,16 +73,22 @@ def _compare(
     feeds: Sequence[Feed],
     kept: Mapping[str, npt.NDArray[np.bool_]],
 ) -> dict[str, float]:
+    """SQNR by tensor name. An index or a flag has no error to measure, nor has a list of as many rows as were found."""
     signal, noise = dict.fromkeys(names, 0.0), dict.fromkeys(names, 0.0)
     if not names:
         return {}
     sessions = open_session(reference, arena=False), open_session(candidate, arena=False)
     for feed in feeds:
         for name, a, b in zip(names, *(run(session, feed, names) for session in sessions), strict=True):
-            exact = (a[:, kept[name]] if name in kept else a).astype(np.float64)
+            exact = a[:, kept[name]] if name in kept else a
+            if exact.dtype.kind != "f" or exact.shape != b.shape:
+                signal.pop(name, None)
+            if name not in signal:
+                continue
+            exact = exact.astype(np.float64)
             signal[name] += float((exact**2).sum())
             noise[name] += float(((exact - b) ** 2).sum())
-    return {name: decibels(signal[name], noise[name]) for name in names}
+    return {name: decibels(power, noise[name]) for name, power in signal.items()}
 
 
 def decibels(signal: float, noise: float) -> float:

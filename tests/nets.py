@@ -53,8 +53,8 @@ def residual(seed: int = 0) -> onnx.ModelProto:
     return trained(with_weights(RESIDUAL, tensors))
 
 
-def trained(model: onnx.ModelProto) -> onnx.ModelProto:
-    """The model whose BatchNormalizations have stored what standard normal inputs give, as training would have done."""
+def trained(model: onnx.ModelProto, feeds: dict[str, Array] | None = None) -> onnx.ModelProto:
+    """The model whose BatchNormalizations have stored what these inputs give (else standard normal ones), as training would."""
     weights = {tensor.name: tensor for tensor in model.graph.initializer}
     for node in model.graph.node:
         if node.op_type == "BatchNormalization":
@@ -62,7 +62,7 @@ def trained(model: onnx.ModelProto) -> onnx.ModelProto:
             head.CopyFrom(model)
             del head.graph.output[:]
             head.graph.output.append(onnx.helper.make_empty_tensor_value_info(node.input[0]))
-            value = answers(head, samples(head, 64, seed=7))[0]
+            value = answers(head, samples(head, 64, seed=7) if feeds is None else feeds)[0]
             for name, statistic in zip(node.input[3:], (value.mean((0, 2, 3)), value.var((0, 2, 3))), strict=True):
                 weights[name].CopyFrom(numpy_helper.from_array(statistic, name))
     return model

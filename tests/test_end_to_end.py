@@ -16,7 +16,6 @@ from onnx import numpy_helper
 import onnx_lwdf
 from onnx_lwdf import model_io
 from onnx_lwdf.errors import ModelError, OptionError
-from onnx_lwdf.verify import Fidelity
 from tests.fashion_mnist import load
 from tests.nets import answers, residual, samples, sqnr_db, with_weights
 
@@ -212,13 +211,3 @@ def test_a_float_weight_that_is_not_float32_is_left_alone_with_its_reason():
             tensor.CopyFrom(numpy_helper.from_array(numpy_helper.to_array(tensor).astype(np.float64), "w4"))
     with pytest.raises(ModelError):  # onnxruntime refuses mixed types in one Gemm, and says so
         onnx_lwdf.compress(source, **FAST)
-
-
-@pytest.mark.parametrize(("decibels", "warned"), [(-3.0, True), (3.0, False)])
-def test_more_error_than_signal_is_warned_of(monkeypatch, decibels, warned):
-    def verify(*arguments):
-        return Fidelity({"y": decibels}, dict.fromkeys(arguments[3], 1.0))
-
-    monkeypatch.setattr(sys.modules["onnx_lwdf.compress"], "verify", verify)
-    report = onnx_lwdf.compress(residual(), **FAST).report
-    assert any("'y' has more error than signal" in text for text in report.warnings) == warned

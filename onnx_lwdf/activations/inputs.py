@@ -9,8 +9,10 @@ the normalization is estimated: channel means by least squares (the graph up to 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 import onnx
@@ -18,12 +20,16 @@ import onnx
 from onnx_lwdf.activations.images import F32, dead_leaves
 from onnx_lwdf.config import Config
 from onnx_lwdf.errors import ModelError, OptionError
-from onnx_lwdf.graph import Graph
-from onnx_lwdf.layers import WEIGHTED
+from onnx_lwdf.graph import Graph, attribute
+from onnx_lwdf.layers import WEIGHTED, find_layers, input_channels
 from onnx_lwdf.runtime import Array, copy_of, open_session, run
 from onnx_lwdf.statistics import F64, ChannelStatistics, Statistics
 
+_T = onnx.TensorProto
+PIXELS = (_T.FLOAT, _T.FLOAT16, _T.DOUBLE, _T.UINT8)  # types that an image may have
+DRAWN = (*PIXELS, _T.INT8, _T.INT16, _T.INT32, _T.INT64, _T.UINT16, _T.UINT32, _T.UINT64, _T.BOOL)
 DEFAULT_SIDE = 224  # pixels, where an image's height or width is dynamic
+MOST_VALUES = 2**25  # of an input: sixteen of them fill 2 GiB
 PROBES = 8  # images; the channel means over 8 x 112 x 112 positions are stable to a few percent
 WORST_DIVERGENCE = 10.0  # a single channel's say is bounded: dead channels diverge without end
 # A named convention is believed where it fits well (nats per channel), and else unless the free estimate has a far smaller
@@ -65,11 +71,12 @@ class Normalization:
         return min(centers) - reach, max(centers) + reach
 
 
+AS_BYTES = Normalization("zero to 255", (0.0,), (1.0,))
 CONVENTIONS: tuple[Normalization, ...] = (
     Normalization("torchvision", (123.675, 116.28, 103.53), (58.395, 57.12, 57.375)),
     Normalization("minus one to one", (127.5,), (127.5,)),
     Normalization("zero to one", (0.0,), (255.0,)),
-    Normalization("zero to 255", (0.0,), (1.0,)),
+    AS_BYTES,
     Normalization("caffe BGR", (103.939, 116.779, 123.68), (1.0, 1.0, 1.0)),
 )
 ASSUMED = CONVENTIONS[0]
@@ -82,62 +89,108 @@ class InputSpec:
 
     name: str
     shape: tuple[int, ...]  # of a single sample, without the batch axis
+    batch: int | None  # samples at a time where the model fixes them; 0: a scalar, which has no such axis
+    dtype: np.dtype[Any]
+    rows: int  # of the table that it picks from, where it holds indices; else 0
     channels_last: bool
     image: bool
-    normalization: Normalization | None  # None: not an image; standard normal values
+    normalization: Normalization | None  # None: standard normal values, or any index, or ones for other integers
     inferred: bool  # from stored statistics, or given by the user
 
-    def draw(self, count: int, rng: np.random.Generator) -> F32:
-        """Synthetic samples on the model's scale, float32 [count, *shape]."""
-        if not self.image or self.normalization is None:
-            return rng.standard_normal((count, *self.shape)).astype(np.float32)
-        height, width, channels = self.shape if self.channels_last else (*self.shape[1:], self.shape[0])
-        return self.place(dead_leaves(count, channels, height, width, rng))
+    def draw(self, count: int, rng: np.random.Generator) -> Array:
+        """Synthetic samples on the model's scale, [count, *shape], as many as the model fixes where it does."""
+        count = count if self.batch is None else self.batch
+        if self.image and self.normalization is not None:
+            height, width, channels = self.shape if self.channels_last else (*self.shape[1:], self.shape[0])
+            return self.place(dead_leaves(count, channels, height, width, rng))
+        shape = self.shape if self.batch == 0 else (count, *self.shape)
+        if self.dtype.kind != "f":
+            picked = rng.integers(self.rows, size=shape) if self.rows else np.ones(shape)  # a size or a switch is 1
+            return np.asarray(picked).astype(self.dtype)
+        if self.normalization is not None:
+            return np.asarray(rng.uniform(*self.normalization.range, shape)).astype(self.dtype)
+        return np.asarray(rng.standard_normal(shape)).astype(self.dtype)
 
-    def place(self, images: F32) -> F32:
-        """Images in [0, 1] [N, C, H, W] on the model's scale and in its layout."""
+    def place(self, images: F32) -> Array:
+        """Images in [0, 1] [N, C, H, W] on the model's scale and in its layout and type."""
         assert self.normalization is not None
         scaled = self.normalization.apply(images)
-        return np.ascontiguousarray(scaled.transpose(0, 2, 3, 1)) if self.channels_last else scaled
+        typed = scaled if self.dtype.kind == "f" else np.rint(scaled)
+        return np.ascontiguousarray(typed.transpose(0, 2, 3, 1) if self.channels_last else typed).astype(self.dtype)
 
 
 def read_inputs(graph: Graph, config: Config, statistics: Statistics) -> tuple[tuple[InputSpec, ...], tuple[str, ...]]:
     """Every input of the model and warnings about what had to be assumed."""
-    infos = {value.name: value for value in graph.model.graph.input}
-    unknown = set(config.input_shape) - set(graph.inputs)
-    if unknown:
-        names = ", ".join(graph.inputs)
-        raise OptionError(f"input-shape names {sorted(unknown)[0]!r}, which is no input; the inputs are {names}")
     specs, warnings = [], []
-    for name in graph.inputs:
-        spec = _spec(infos[name], config)
+    for spec in find_inputs(graph, config):
         if spec.image:
             spec = _normalized(graph, spec, config, statistics)
+        elif config.input_range is not None and spec.dtype.kind == "f":
+            spec = _replace(spec, _within(*config.input_range), inferred=True)
         if not spec.inferred:
             warnings.append(_assumption(spec))
         specs.append(spec)
     return tuple(specs), tuple(warnings)
 
 
+def find_inputs(graph: Graph, config: Config) -> list[InputSpec]:
+    """Every input of the model with its sizes; nothing is known of how an image is normalized."""
+    unknown = set(config.input_shape) - set(graph.inputs)
+    if unknown:
+        names = ", ".join(graph.inputs)
+        raise OptionError(f"input-shape names {sorted(unknown)[0]!r}, which is no input; the inputs are {names}")
+    infos = {value.name: value for value in graph.model.graph.input}
+    specs = [_spec(infos[name], _channels_read(graph, name), config) for name in graph.inputs]
+    return [replace(spec, rows=_rows_read(graph, spec.name)) for spec in specs]
+
+
+def _channels_read(graph: Graph, name: str) -> tuple[int, int] | None:
+    """The axis of the input's channels and their number, where a layer reads it."""
+    for layer in find_layers(graph)[0]:
+        if layer.input == name:
+            return (1 if layer.window else -1), input_channels(graph, layer)
+    return None
+
+
+def _rows_read(graph: Graph, name: str) -> int:
+    """How many rows the smallest table has that the input picks from; 0 where it picks from none."""
+    rows = []
+    for node in graph.consumers[name]:
+        table = graph.constant(node.input[0])
+        if node.op_type == "Gather" and table is not None and table.ndim:
+            rows.append(table.shape[int(attribute(node, "axis", 0))])
+    return min(rows, default=0)
+
+
 def _assumption(spec: InputSpec) -> str:
-    if spec.normalization is None:
-        return f"input {spec.name!r} is not an image: standard normal values of shape {spec.shape} stand in for it"
+    if not spec.image:
+        values = "standard normal values" if spec.dtype.kind == "f" else "any indices" if spec.rows else "ones"
+        return f"input {spec.name!r} is not an image: {values} of shape {spec.shape} stand in for it"
+    assert spec.normalization is not None
     return (
         f"input {spec.name!r}: no BatchNormalization near it tells how its pixels are normalized; "
         f"assumed {spec.normalization.name}; give --input-range or --input-mean and --input-std"
     )
 
 
-def _spec(info: onnx.ValueInfoProto, config: Config) -> InputSpec:
+def _spec(info: onnx.ValueInfoProto, channels: tuple[int, int] | None, config: Config) -> InputSpec:
     kind = info.type.tensor_type
-    if kind.elem_type != onnx.TensorProto.FLOAT:
-        word = onnx.TensorProto.DataType.Name(kind.elem_type).lower()
-        raise ModelError(f"input {info.name!r} is {word}; only float32 inputs can be synthesized")
-    known = [dim.dim_value if dim.HasField("dim_value") else 0 for dim in kind.shape.dim]
+    if not info.type.HasField("tensor_type") or kind.elem_type not in DRAWN:
+        word = onnx.TensorProto.DataType.Name(kind.elem_type).lower() if kind.elem_type else "no tensor"
+        raise ModelError(f"input {info.name!r} is {word}, for which no values can be made up; export it without")
+    dtype = np.dtype(onnx.helper.tensor_dtype_to_np_dtype(kind.elem_type))
+    if kind.HasField("shape") and not kind.shape.dim and info.name not in config.input_shape:
+        return InputSpec(info.name, (), 0, dtype, 0, False, False, None, inferred=False)
+    known = [max(dim.dim_value, 0) for dim in kind.shape.dim]  # some exporters write -1 for an open size
+    if channels is not None and len(known) > channels[0] and known[channels[0]] == 0:
+        known[channels[0]] = channels[1]
     shape = _full_shape(info.name, known, config)
-    image = len(shape) == 4 and (shape[1] in (1, 3) or shape[3] in (1, 3))
+    batch = known[0] or None if known else None
+    if (batch or 1) * math.prod(shape[1:]) > MOST_VALUES:
+        raise OptionError(f"input {info.name!r} of shape {tuple(shape)} is too large to be made up; give --input-shape")
+    image = len(shape) == 4 and (shape[1] in (1, 3) or shape[3] in (1, 3)) and kind.elem_type in PIXELS
     last = image and shape[1] not in (1, 3)
-    return InputSpec(info.name, tuple(shape[1:]), last, image, None, inferred=False)
+    return InputSpec(info.name, tuple(shape[1:]), batch, dtype, 0, last, image, None, inferred=False)
 
 
 def _full_shape(name: str, known: list[int], config: Config) -> list[int]:
@@ -158,6 +211,8 @@ def _normalized(graph: Graph, spec: InputSpec, config: Config, statistics: Stati
     """The image input with its normalization: given, inferred, or assumed."""
     channels = spec.shape[-1] if spec.channels_last else spec.shape[0]
     given = _given(config, channels)
+    if given is None and spec.dtype == np.uint8:
+        given = AS_BYTES
     if given is not None:
         return _replace(spec, given, inferred=True)
     probe = _first_statistics(graph, spec.name, statistics)
@@ -167,7 +222,7 @@ def _normalized(graph: Graph, spec: InputSpec, config: Config, statistics: Stati
 
 
 def _replace(spec: InputSpec, normalization: Normalization, inferred: bool) -> InputSpec:
-    return InputSpec(spec.name, spec.shape, spec.channels_last, spec.image, normalization, inferred)
+    return replace(spec, normalization=normalization, inferred=inferred)
 
 
 def _given(config: Config, channels: int) -> Normalization | None:
@@ -178,10 +233,13 @@ def _given(config: Config, channels: int) -> Normalization | None:
         pairs = np.broadcast_arrays(np.array(config.input_mean), np.array(config.input_std))
         return Normalization("given", tuple(map(float, pairs[0])), tuple(map(float, pairs[1])))
     if config.input_range is not None:
-        low, high = config.input_range
-        std = 255 / (high - low)
-        return Normalization("given", (-low * std,), (std,))
+        return _within(*config.input_range)
     return None
+
+
+def _within(low: float, high: float) -> Normalization:
+    std = 255 / (high - low)
+    return Normalization("given", (-low * std,), (std,))
 
 
 def _first_statistics(graph: Graph, name: str, statistics: Statistics) -> str | None:
@@ -203,7 +261,7 @@ def infer(graph: Graph, spec: InputSpec, probe: str, stored: ChannelStatistics) 
     """The normalization under which synthetic images have the stored statistics at the tensor `probe`."""
     head = _head(graph.model, probe)
     height, width, channels = spec.shape if spec.channels_last else (*spec.shape[1:], spec.shape[0])
-    images = dead_leaves(PROBES, channels, height, width, np.random.default_rng(0))
+    images = dead_leaves(spec.batch or PROBES, channels, height, width, np.random.default_rng(0))
     fits = [c for c in CONVENTIONS if len(c.mean) in (1, channels)]
     estimate = _estimate(head, spec, stored, images)
     scored = [(_divergence(head, _replace(spec, c, True), stored, images), c) for c in fits]
@@ -243,10 +301,10 @@ def _estimate(head: onnx.ModelProto, spec: InputSpec, stored: ChannelStatistics,
     plain = Normalization(ESTIMATED, (0.0,), (255.0,))
     unit = _replace(spec, plain, True)
     channels = images.shape[1]
-    base, _ = _response(head, {spec.name: unit.place(np.zeros_like(images[:1]))})
+    base, _ = _response(head, {spec.name: unit.place(np.zeros_like(images[: spec.batch or 1]))})
     columns = []
     for channel in range(channels):
-        one = np.zeros_like(images[:1])
+        one = np.zeros_like(images[: spec.batch or 1])
         one[:, channel] = 1
         columns.append(_response(head, {spec.name: unit.place(one)})[0] - base)
     weight = 1 / np.maximum(stored.deviation, 1e-3 * stored.deviation.max())

@@ -13,6 +13,7 @@ from onnx_lwdf.activations.inputs import InputSpec
 from onnx_lwdf.activations.sources import SOURCES
 from onnx_lwdf.activations.taps import CHUNK, Feed, Samples, sample
 from onnx_lwdf.config import Config
+from onnx_lwdf.errors import OptionError
 from onnx_lwdf.layers import Layer
 from onnx_lwdf.statistics import Statistics
 
@@ -32,11 +33,17 @@ def synthesize(
 
 def draw_chunks(inputs: Sequence[InputSpec], config: Config) -> list[Feed]:
     """The model's input samples in chunks of equal size: drawn, or loaded where the source is a path."""
+    fixed = max((spec.batch or 0 for spec in inputs), default=0)
     if config.source == "data":
         samples = load(Path(config.activations_from), inputs)
-        size = min(CHUNK, len(next(iter(samples.values()))))
-        counts = len(next(iter(samples.values()))) // size
-        return [{name: value[i * size : (i + 1) * size] for name, value in samples.items()} for i in range(counts)]
+        count = len(next(iter(samples.values())))
+        size = fixed or min(CHUNK, count)
+        if count < size:
+            raise OptionError(f"{config.activations_from!r} holds {count} samples; the model takes {size} at a time")
+        return [
+            {name: value[i : i + size] for name, value in samples.items()} for i in range(0, count - size + 1, size)
+        ]
     rng = np.random.default_rng([config.seed, 0])
     size = min(CHUNK, config.samples)
-    return [{spec.name: spec.draw(size, rng) for spec in inputs} for _ in range(-(-config.samples // size))]
+    chunks = -(-config.samples // (min(fixed, size) or size))
+    return [{spec.name: spec.draw(size, rng) for spec in inputs} for _ in range(chunks)]

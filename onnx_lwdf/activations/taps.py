@@ -16,14 +16,15 @@ import numpy.typing as npt
 import onnx
 import onnxruntime as ort
 
+from onnx_lwdf.errors import ModelError
 from onnx_lwdf.graph import Graph
-from onnx_lwdf.layers import Layer, Window, weight_of
+from onnx_lwdf.layers import Layer, Window, input_channels
 from onnx_lwdf.runtime import Array, copy_of, open_session, run, trim
 from onnx_lwdf.statistics import F64, ChannelStatistics, Statistics
 
 F32 = npt.NDArray[np.float32]
 Indices = npt.NDArray[np.int64]
-Feed = Mapping[str, F32]
+Feed = Mapping[str, Array]
 Align = Callable[[Graph, str, ChannelStatistics, tuple[int, ...]], str]  # graph, tensor, what it must have, its shape
 
 CHUNK = 16  # images at a time: bounds the memory, and is enough for batch statistics
@@ -140,8 +141,8 @@ def sample(
     graph = Graph(copy_of(model))
     known = statistics if align else {}
     shapes = tensor_shapes(model, [*(layer.input for layer in layers), *tensors, *known], chunks[0])
-    total = sum(len(next(iter(chunk.values()))) for chunk in chunks)
-    batch = len(next(iter(chunks[0].values())))
+    batch = max((len(value) for value in chunks[0].values() if value.ndim), default=1)
+    total = batch * len(chunks)
     aligned = {
         name: _replace(graph, name, align, known[name], (batch, *shapes[name][1:]))
         for name in known
@@ -170,11 +171,13 @@ def _replace(graph: Graph, tensor: str, align: Align, known: ChannelStatistics, 
 
 
 def tensor_shapes(model: onnx.ModelProto, tensors: Iterable[str], feed: Feed) -> dict[str, tuple[int, ...]]:
-    """The shapes of tensors, seen in one run of a single sample: works where shape inference does not."""
+    """The shapes of tensors, seen in one run of as few samples as the model takes: works where shape inference does not."""
     names = list(dict.fromkeys(tensors))
     inputs = [name for name in names if name in feed]
     wanted = [name for name in names if name not in feed]
-    single = {name: value[:1] for name, value in feed.items()}
+    fixed = {info.name: info.type.tensor_type.shape.dim[:1] for info in model.graph.input}
+    fewest = {name: max((dim.dim_value for dim in dims), default=0) or 1 for name, dims in fixed.items()}
+    single = {name: value[: fewest[name]] if value.ndim else value for name, value in feed.items()}
     values = run(open_session(copy_of(model, wanted)), single, wanted) if wanted else []
     shapes = {name: value.shape for name, value in zip(wanted, values, strict=True)}
     return shapes | {name: single[name].shape for name in inputs}
@@ -199,7 +202,7 @@ def _run(
         answers = dict(zip(outputs, run(session, feeds, outputs), strict=True))
         for name, tap in layers.items():
             x = tap.decode(answers.pop(tap.output))  # [groups, in, positions]
-            mean, power = x.sum(-1, dtype=np.float64), (x @ x.transpose(0, 2, 1)).astype(np.float64)
+            mean, power = _sums(name, x)
             if name in sums:
                 sums[name].add(mean / x.shape[-1], power / x.shape[-1])
             else:
@@ -208,6 +211,17 @@ def _run(
             values[name].append(tap.decode(answers.pop(tap.output))[0])
     moments = {name: found.moments() for name, found in sums.items()}
     return Samples(moments, {name: np.concatenate(parts, axis=-1) for name, parts in values.items()})
+
+
+def _sums(name: str, x: F32) -> tuple[F64, F64]:
+    """Sums of x and of x x^T over the positions; ModelError where the network's own values overflow."""
+    with np.errstate(over="ignore", invalid="ignore"):
+        mean, power = x.sum(-1, dtype=np.float64), (x @ x.transpose(0, 2, 1)).astype(np.float64)
+    if not np.isfinite(power).all():
+        raise ModelError(
+            f"layer {name!r}: its input overflows on synthetic inputs; give --input-range, or repair the model"
+        )
+    return mean, power
 
 
 def _session(graph: Graph, taps: Sequence[_Tap]) -> ort.InferenceSession:
@@ -223,10 +237,15 @@ def _session(graph: Graph, taps: Sequence[_Tap]) -> ort.InferenceSession:
 
 
 def _layer_tap(graph: Graph, layer: Layer, source: str, shape: tuple[int, ...], total: int) -> _Tap:
-    groups, _, width = weight_of(graph, layer).shape if layer.op != "ConvTranspose" else (layer.groups, 0, 0)
+    groups, channels = layer.groups, input_channels(graph, layer)
+    rank = 2 + len(layer.window.kernel) if layer.window else max(len(shape), 1)
+    if len(shape) != rank or shape[1 if layer.window else -1] != channels:
+        raise ModelError(
+            f"layer {layer.name!r} takes {channels} channels, and its input is {shape}; give --input-shape"
+        )
     if layer.window is None:
-        return _row_tap(graph, source, shape, width, total)
-    channels = shape[1] // groups
+        return _row_tap(graph, source, shape, channels, total)
+    channels //= groups
     window = layer.window if layer.op == "Conv" else _pointwise(layer.window)
     wanted = _positions(channels * math.prod(window.kernel), groups)
     return _window_tap(graph, source, shape, window, groups, -(-wanted // total))
@@ -317,9 +336,9 @@ def _pad(graph: Graph, source: str, widths: Indices) -> str:
 def _value_tap(graph: Graph, source: str, shape: tuple[int, ...], rows: bool, total: int) -> _Tap:
     """A tensor [N, C, ...], or [N, ..., C] where rows of it are read: values of every channel at sampled positions."""
     channels = shape[-1] if rows else shape[1] if len(shape) > 1 else 1
-    count = math.prod(shape[1:]) // channels
+    count = math.prod(shape[1:-1] if rows else shape[2:])
     taken = min(count, -(-VALUES_PER_CHANNEL // total))
-    split = np.array([0, -1, channels] if rows else [0, channels, -1], np.int64)
+    split = np.array([-1, count, channels] if rows else [-1, channels, count], np.int64)
     flat = graph.add("Reshape", [source, graph.add_constant("tap.shape", split)], "tap")
     feed = graph.unique("tap.values")
     output = graph.add("Gather", [flat, feed], "tap", axis=1 if rows else 2)

@@ -70,7 +70,7 @@ def _quantize(graph: Graph, tensor: str, grid: ActivationGrid, signed: bool) -> 
     """All readers of the tensor read it through Q, Clip below 8 bits, and DQ; so does the output it may be."""
     readers = list(graph.consumers[tensor])
     source = tensor
-    if tensor in graph.outputs:
+    if tensor in graph.outputs and tensor in graph.producer:  # an input that is an output too stays what it is
         source = graph.move_output(tensor)
     offset = 2 ** (grid.bits - 1) if signed else 0
     kind = np.int8 if signed else np.uint8

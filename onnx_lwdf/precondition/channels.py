@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import onnx
 
 from onnx_lwdf.graph import Graph
-from onnx_lwdf.layers import Layer, output_channels, weight_of
+from onnx_lwdf.layers import Layer, input_channels, output_channels
 
 LINEAR = ("Add", "AveragePool", "GlobalAveragePool", "Flatten")
 HOMOGENEOUS = (*LINEAR, "Relu", "LeakyRelu", "MaxPool")
@@ -97,5 +97,4 @@ def _channelwise(graph: Graph, node: onnx.NodeProto) -> bool:
 def _input_channels(graph: Graph, layer: Layer) -> int:
     if layer.op == "ConvTranspose":
         return -1  # its input channels run along another axis; left out
-    groups, _, inputs = weight_of(graph, layer).shape
-    return groups * inputs // layer.kernel_size
+    return input_channels(graph, layer)

@@ -33,7 +33,10 @@ def fold(graph: Graph) -> dict[str, ChannelStatistics]:
     Returns the statistics of every tensor that a BatchNormalization puts out, folded or not.
     Raises ModelError where a stored variance is negative or anything stored is not finite.
     """
-    statistics = {node.output[0]: _stored(graph, node) for node in graph.nodes if _is_batchnorm(node)}
+    stored = {node.output[0]: _stored(graph, node) for node in graph.nodes if _is_batchnorm(node)}
+    statistics = {name: known for name, known in stored.items() if known is not None}
+    for node in graph.nodes:
+        _fold_factors(graph, node)
     layers, _ = find_layers(graph)
     for layer in layers:
         _check_finite(graph, layer)
@@ -43,9 +46,29 @@ def fold(graph: Graph) -> dict[str, ChannelStatistics]:
             if affine is None:
                 break
             _apply(graph, layer, affine)
+            before = statistics.pop(layer.node.output[0], None)
             graph.merge_into(layer.node, follower)
+            if before is not None and not _is_batchnorm(follower):
+                statistics[layer.node.output[0]] = before.through(affine.scale, affine.shift)
     graph.commit()
-    return {name: known for name, known in statistics.items() if known is not None}
+    return {name: known for name, known in statistics.items() if name in graph.producer}  # the others led nowhere
+
+
+def _fold_factors(graph: Graph, node: onnx.NodeProto) -> None:
+    """A Gemm's alpha goes into its constant weight, its beta into its constant bias."""
+    factors = {1: attribute(node, "alpha", 1.0), 2: attribute(node, "beta", 1.0)}
+    if node.op_type != "Gemm" or set(factors.values()) == {1.0}:
+        return
+    names = {index: name for index, name in enumerate(node.input) if name and index in factors}
+    values = {index: graph.constant(name) for index, name in names.items()}
+    known = {index: value for index, value in values.items() if value is not None}
+    if len(known) < len(names):
+        return
+    for index, value in known.items():
+        graph.set_input(node, index, np.asarray(value * factors[index], value.dtype), names[index])
+    kept = [onnx.AttributeProto.FromString(a.SerializeToString()) for a in node.attribute]
+    del node.attribute[:]
+    node.attribute.extend(item for item in kept if item.name not in ("alpha", "beta"))
 
 
 def _apply(graph: Graph, layer: Layer, affine: Affine) -> None:

@@ -124,8 +124,13 @@ def _output_power(graph: Graph, layer: Layer, samples: Samples) -> float:
 
 
 def _shifts(graph: Graph, group: ChannelGroup, samples: Samples) -> dict[str, F64]:
-    """The mean of every tensor of a linear group; empty where a reader pads (a shifted zero would not be zero)."""
+    """The mean of every tensor of a linear group.
+
+    Empty where a reader pads (a shifted zero would not be zero), or has no bias that could take the mean up.
+    """
     for layer in group.consumers:
+        if layer.bias is None:
+            return {}
         if layer.window is not None and (layer.window.pads is None or any(layer.window.pads)):
             return {}
     means = {layer.output: samples.values[layer.output].mean(1, dtype=np.float64) for layer in group.producers}
@@ -256,8 +261,9 @@ def _apply(graph: Graph, group: ChannelGroup, samples: Samples, transform: Trans
     for layer in group.consumers:
         weight = weight_of(graph, layer)
         if layer.input in shift:
-            taken = _by_channel(weight, group.channels) @ shift[layer.input]  # [out], the reader is pointwise
-            set_bias(graph, layer, bias_of(graph, layer) + taken.reshape(weight.shape[1], -1).sum(1))
+            split = weight.reshape(*weight.shape[:2], layer.kernel_size, -1)  # [groups, out, kernel, channels / groups]
+            taken = np.einsum("gokc,gc->go", split, shift[layer.input].reshape(layer.groups, -1))
+            set_bias(graph, layer, bias_of(graph, layer) + taken.ravel())
         set_weight(graph, layer, _transformed_reader(weight, transform.inverse))
         moments[layer.name] = _transformed_moments(moments[layer.name], transform, layer.input)
     seen = set(group.tensors) & samples.values.keys()

@@ -10,7 +10,7 @@ import pytest
 from onnx import numpy_helper
 
 from onnx_lwdf.activations.images import dead_leaves
-from onnx_lwdf.activations.inputs import CONVENTIONS, ESTIMATED, Normalization, read_inputs
+from onnx_lwdf.activations.inputs import CONVENTIONS, ESTIMATED, Normalization, find_inputs, read_inputs
 from onnx_lwdf.config import Config
 from onnx_lwdf.errors import OptionError
 from onnx_lwdf.graph import Graph
@@ -133,3 +133,20 @@ def test_initializers_of_a_real_file_are_not_touched_by_reading():
     graph = Graph(model)
     read_inputs(graph, Config(), {})
     np.testing.assert_array_equal(numpy_helper.to_array(model.graph.initializer[0]), before)
+
+
+def test_sizes_that_are_open():
+    """By name, left out, or written as -1; the channels are those of the layer that reads them."""
+    text = """
+    <ir_version: 8, opset_import: ["" : 17]>
+    net (float[N,C,H,W] x) => (float[N,4,P,Q] y) { y = Conv (x, w) }
+    """
+    model = with_weights(text, {"w": np.ones((4, 1, 3, 3))})
+    for size in ("N", None, -1):
+        dims = model.graph.input[0].type.tensor_type.shape.dim
+        for dim in dims:
+            dim.Clear()
+            if size is not None:
+                setattr(dim, "dim_param" if size == "N" else "dim_value", size)
+        (spec,) = find_inputs(Graph(model), Config())
+        assert (spec.shape, spec.batch) == ((1, 224, 224), None)

@@ -134,3 +134,24 @@ def test_what_cannot_be_a_trained_network_is_refused(name, value, words):
     tensor.CopyFrom(numpy_helper.from_array(array, name))
     with pytest.raises(ModelError, match=words):
         fold(Graph(model))
+
+
+def test_statistics_follow_what_is_folded_behind_batchnorm():
+    """BatchNormalization, then scale and shift: two nodes of the same meaning in files that came from Caffe."""
+    text = """
+    <ir_version: 8, opset_import: ["" : 17]>
+    net (float[N,2,4,4] x) => (float[N,2,4,4] y) {
+        a = Conv (x, w)
+        b = BatchNormalization (a, one, beta, mean, variance)
+        c = Mul (b, scale)
+        d = Add (c, shift)
+        y = Relu (d)
+    }
+    """
+    values = {"w": np.ones((2, 2, 1, 1)), "one": np.ones(2), "beta": np.array([1.0, 2.0]), "mean": np.zeros(2)}
+    values |= {"variance": np.array([4.0, 9.0]), "scale": np.array([[[2.0]], [[-3.0]]]), "shift": np.ones((2, 1, 1))}
+    graph = Graph(with_weights(text, values))
+    (known,) = fold(graph).items()
+    assert known[0] == "d"
+    np.testing.assert_allclose(known[1].mean, [3, -5], rtol=1e-6)
+    np.testing.assert_allclose(known[1].deviation, [2, 3], rtol=1e-5)

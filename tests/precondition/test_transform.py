@@ -113,3 +113,44 @@ def test_the_identity_is_kept_where_nothing_is_gained(monkeypatch):
     monkeypatch.setattr(transform, "CLEAR_GAIN", 0.0)
     assert transform.transform_groups(graph, groups, plan, seen, {}, np.random.default_rng(0))[0] is seen
     assert graph.snapshot().SerializeToString(deterministic=True) == before
+
+
+@pytest.mark.parametrize(("groups", "kernel"), [(2, 1), (3, 3), (6, 3)])
+def test_a_mean_moves_through_a_grouped_reader(groups, kernel):
+    text = f"""
+    <ir_version: 8, opset_import: ["" : 17]>
+    net (float[N,3,16,16] x) => (float[N,12,M,M] y) {{
+        p = Conv (x, w0, b0)
+        y = Conv <group = {groups}> (p, w1)
+    }}
+    """
+    rng = np.random.default_rng(0)
+    tensors = {"w0": rng.normal(size=(6, 3, 1, 1)), "b0": rng.normal(2, 3, 6)}
+    tensors["w0"][0] *= 30
+    model = with_weights(text, tensors | {"w1": rng.normal(size=(12, 6 // groups, kernel, kernel))})
+    feeds, before = samples(model), answers(model, samples(model))[0]
+    graph, _, channel_groups, plan, seen = prepared(model, 4)
+    transform.transform_groups(graph, channel_groups, plan, seen, {}, np.random.default_rng(0))
+    assert not np.array_equal(graph.constant("b0"), tensors["b0"])  # the mean did move
+    np.testing.assert_allclose(answers(graph.snapshot(), feeds)[0], before, rtol=0, atol=1e-4 * np.abs(before).max())
+
+
+def test_no_mean_moves_where_the_reader_has_no_bias():
+    text = """
+    <ir_version: 8, opset_import: ["" : 17]>
+    net (float[N,3,8,8] x) => (float[N,4] y) {
+        p = Conv (x, w0, b0)
+        g = GlobalAveragePool (p)
+        f = Flatten (g)
+        y = MatMul (f, w1)
+    }
+    """
+    rng = np.random.default_rng(0)
+    tensors = {"w0": rng.normal(size=(6, 3, 1, 1)), "b0": rng.normal(2, 3, 6), "w1": rng.normal(size=(6, 4))}
+    tensors["w0"][0] *= 30
+    model = with_weights(text, tensors)
+    feeds, before = samples(model), answers(model, samples(model))[0]
+    graph, _, channel_groups, plan, seen = prepared(model, 4)
+    transform.transform_groups(graph, channel_groups, plan, seen, {}, np.random.default_rng(0))
+    assert not np.array_equal(graph.constant("w0"), tensors["w0"].astype(np.float32))  # it was transformed all the same
+    np.testing.assert_allclose(answers(graph.snapshot(), feeds)[0], before, rtol=0, atol=1e-4 * np.abs(before).max())

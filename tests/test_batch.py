@@ -1,0 +1,89 @@
+"""A fixed batch is free while the model is compressed, and fixed again in what is written."""
+
+from __future__ import annotations
+
+import numpy as np
+import onnx
+import pytest
+from onnx import numpy_helper
+
+import onnx_lwdf
+from onnx_lwdf.activations.inputs import find_inputs
+from onnx_lwdf.batch import fix_batch, free_batch
+from onnx_lwdf.config import Config
+from onnx_lwdf.graph import Graph
+from tests.nets import FAST, answers, residual, samples, sqnr_db, with_weights
+
+SHUFFLED = """
+<ir_version: 8, opset_import: ["" : 17]>
+net (float[2,3,8,8] x) => (float[2,4] y) {
+    a = Conv <pads = [1,1,1,1]> (x, w0)
+    r = Relu (a)
+    s = Reshape (r, grouped)
+    t = Transpose <perm = [0,2,1,3,4]> (s)
+    u = Reshape (t, back)
+    b = Conv <group = 2> (u, w1)
+    p = GlobalAveragePool (b)
+    f = Reshape (p, rows)
+    y = Gemm (f, w2)
+}
+"""
+
+
+def shuffled(rows: tuple[int, ...] = (2, -1)) -> onnx.ModelProto:
+    rng = np.random.default_rng(0)
+    shapes = {"w0": (8, 3, 3, 3), "w1": (6, 4, 1, 1), "w2": (6, 4)}
+    targets = {"grouped": (2, 2, 4, 8, 8), "back": (2, 8, 8, 8), "rows": rows}
+    tensors = {name: rng.normal(0, 0.4, shape) for name, shape in shapes.items()}
+    return with_weights(SHUFFLED, tensors | {name: np.array(value) for name, value in targets.items()})
+
+
+def fixed_at(model: onnx.ModelProto, size: int) -> onnx.ModelProto:
+    for info in (*model.graph.input, *model.graph.output):
+        info.type.tensor_type.shape.dim[0].dim_value = size
+    return model
+
+
+def test_free_and_fixed_again():
+    model = shuffled()
+    graph = Graph(model)
+    before = model.SerializeToString(deterministic=True)
+    fixed = free_batch(graph, find_inputs(graph, Config()))
+    feeds = {"x": np.random.default_rng(0).standard_normal((6, 3, 8, 8)).astype(np.float32)}
+    parts = [answers(shuffled(), {"x": feeds["x"][i : i + 2]})[0] for i in (0, 2, 4)]
+    np.testing.assert_allclose(answers(graph.model, feeds)[0], np.concatenate(parts), rtol=1e-4, atol=1e-5)
+    fix_batch(graph, fixed)
+    assert graph.model.SerializeToString(deterministic=True) == before
+
+
+def test_a_function_of_the_whole_batch_is_left_as_it_is():
+    text = """
+    <ir_version: 8, opset_import: ["" : 17]>
+    net (float[2,4] x) => (float[2,3] y) { m = ReduceMean <axes = [0]> (x)  d = Sub (x, m)  y = MatMul (d, w) }
+    """
+    model = with_weights(text, {"w": np.random.default_rng(0).normal(size=(4, 3))})
+    before = model.SerializeToString(deterministic=True)
+    graph = Graph(model)
+    assert free_batch(graph, find_inputs(graph, Config())) is None
+    assert graph.model.SerializeToString(deterministic=True) == before
+    result = onnx_lwdf.compress(model, samples=32)
+    feeds = samples(model)
+    assert sqnr_db(answers(model, feeds)[0], answers(result.model, feeds)[0]) > 25
+
+
+@pytest.mark.parametrize("size", [1, 3])
+def test_a_fixed_batch_costs_nothing(size):
+    free, fixed = onnx_lwdf.compress(residual(), **FAST), onnx_lwdf.compress(fixed_at(residual(), size), **FAST)
+    assert fixed.model.graph.input[0].type.tensor_type.shape.dim[0].dim_value == size
+    weights = [{t.name: numpy_helper.to_array(t) for t in r.model.graph.initializer} for r in (free, fixed)]
+    np.testing.assert_equal(*weights)
+
+
+@pytest.mark.parametrize("bits", [8, 6])
+def test_shapes_that_name_the_batch(bits):
+    model = shuffled()
+    result = onnx_lwdf.compress(model, bits=bits, **FAST)
+    targets = {t.name: numpy_helper.to_array(t).tolist() for t in result.model.graph.initializer if t.data_type == 7}
+    assert targets == {"grouped": [2, 2, 4, 8, 8], "back": [2, 8, 8, 8], "rows": [2, -1]}
+    feeds = samples(model)
+    assert sqnr_db(answers(model, feeds)[0], answers(result.model, feeds)[0]) > 25
