@@ -260,7 +260,12 @@ def _check_gates(result: Result, config: Config) -> None:
 
 def _report(source: model_io.Source, config: Config, done: Compressed, output: Mapping[str, object]) -> Report:
     layers = [_solved(done, answer) for answer in done.solved]
-    warnings = *done.prepared.warnings, *sparse_initializer.warnings(done.model)
+    weak = [
+        f"output {name!r} has more error than signal on synthetic inputs ({db:.1f} dB); try it on real ones before you ship it"
+        for name, db in done.fidelity.outputs.items()
+        if db < 0
+    ]
+    warnings = *done.prepared.warnings, *sparse_initializer.warnings(done.model), *weak
     return _assemble(source, config, done.prepared, layers, done.fidelity.outputs, output, warnings, done.tradeoff)
 
 

@@ -91,6 +91,13 @@ def test_a_file_worse_than_none_is_not_written(monkeypatch, tmp_path):
     assert (tmp_path / "out.onnx").exists()
 
 
+def test_a_weak_output_of_sound_layers_is_written_and_warned_of(monkeypatch):
+    verify = ENGINE.verify
+    monkeypatch.setattr(ENGINE, "verify", lambda *given: replace(verify(*given), outputs={"y": -3.0}))
+    warnings = onnx_lwdf.compress(residual(), **FAST).report.warnings
+    assert [text for text in warnings if "'y' has more error than signal" in text and "(-3.0 dB)" in text]
+
+
 def test_outputs_without_an_error_to_measure():
     """An index, and a list of as many rows as were found."""
     text = """
