@@ -10,7 +10,8 @@ import pytest
 from onnx import numpy_helper
 
 from onnx_lwdf.activations.images import dead_leaves
-from onnx_lwdf.activations.inputs import CONVENTIONS, ESTIMATED, Normalization, find_inputs, read_inputs
+from onnx_lwdf.activations.inputs import find_inputs, read_inputs
+from onnx_lwdf.activations.normalization import CONVENTIONS, ESTIMATED, Normalization
 from onnx_lwdf.config import Config
 from onnx_lwdf.errors import OptionError
 from onnx_lwdf.graph import Graph
