@@ -39,6 +39,10 @@ from onnx_lwdf.tradeoff import Point, Sizes, choose_bits, expected
 from onnx_lwdf.verify import Fidelity, verify
 
 VERIFIED_SAMPLES = 8
+FOLDED = (
+    "BatchNormalization was folded into the weights when the model was exported: its statistics are recovered in part, "
+    "and the other layers know their inputs from synthetic images alone; export it with BatchNormalization kept"
+)
 TAIL = "joins what different layers put out, and no layer follows: stays float"
 
 
@@ -236,7 +240,7 @@ def prepare(model: onnx.ModelProto, config: Config, spared: Mapping[str, str] = 
     origins = {
         layer.name: "data" if sampled else origin(graph, layer.input, statistics, recovered, known) for layer in layers
     }
-    warnings = (*filter(None, notes), *warnings)
+    warnings = (*filter(None, notes), *warnings, *([FOLDED] if recovered else []))
     found = sources(graph, layers)
     return Prepared(
         graph=graph,

@@ -30,7 +30,8 @@ from onnx_lwdf.runtime import open_session, run
 from onnx_lwdf.statistics import F64, ChannelStatistics, Statistics
 
 TINY = 1e-30  # of a variance
-MOST_LEFT = 0.5  # of the biases' energy, in the means: those of unrelated biases would leave more than all of it
+MOST_LEFT = 0.5  # of the biases' energy, in the means: unrelated biases would leave more than all of it
+FEWEST_BIASES = 16  # unrelated ones would cancel as much of the means by chance once in a thousand times
 
 
 def bottlenecks(graph: Graph, layers: Sequence[Layer], statistics: Statistics) -> list[ChannelGroup]:
@@ -39,6 +40,7 @@ def bottlenecks(graph: Graph, layers: Sequence[Layer], statistics: Statistics) -
         group
         for group in find_groups(graph, layers)
         if group.linear
+        and group.channels * len(group.producers) >= FEWEST_BIASES
         and statistics.keys().isdisjoint(group.tensors)
         and all(layer.window is not None and bias_of(graph, layer).any() for layer in group.producers)
     ]

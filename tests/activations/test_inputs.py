@@ -100,9 +100,9 @@ def test_a_folded_bottleneck_tells_what_to_assume(convention):
     """Trained with either convention, then folded: the bias fits the right one, and the wrong one does not fit it."""
     images = convention.apply(dead_leaves(96, 3, 96, 96, np.random.default_rng(99)))
     rng = np.random.default_rng(3)
-    shapes = {"w0": (16, 3, 3, 3), "b0": (16,), "w1": (8, 16, 1, 1), "w2": (4, 8, 1, 1), "w3": (4, 4, 1, 1)}
+    shapes = {"w0": (16, 3, 3, 3), "b0": (16,), "w1": (16, 16, 1, 1), "w2": (4, 16, 1, 1), "w3": (4, 4, 1, 1)}
     tensors = {name: rng.normal(0, 0.5, shape) for name, shape in shapes.items()}
-    tensors |= {"gamma": np.ones(8), "beta": np.zeros(8), "mean": np.zeros(8), "variance": np.ones(8)}
+    tensors |= {"gamma": np.ones(16), "beta": np.zeros(16), "mean": np.zeros(16), "variance": np.ones(16)}
     text = """
     <ir_version: 8, opset_import: ["" : 17]>
     net (float[N,3,96,96] x) => (float[N,4,94,94] y) {

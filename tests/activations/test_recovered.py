@@ -117,6 +117,17 @@ def test_without_biases_there_is_nothing_to_read():
     assert bottlenecks(graph, find_layers(graph)[0], {}) == []
 
 
+def test_few_biases_are_no_evidence():
+    """Of one projection alone: its eight could cancel its mean by chance."""
+    graph, _, _ = folded(bottleneck_net())
+    for i in (1, 2):
+        graph.reroute([graph.producer[f"s{i}"]], f"p{i}", graph.producer[f"s{i}"].input[0])
+    graph.commit()
+    layers = find_layers(graph)[0]
+    assert {layer.output for layer in layers} == {"e0", "p0", "z", "y"}
+    assert bottlenecks(graph, layers, {}) == []
+
+
 def test_a_group_of_which_something_is_stored_is_left_alone():
     graph, layers, stored = folded(bottleneck_net())
     assert recover(graph, layers, {"p1": stored["p1"]}, chunks(graph)) == {}
