@@ -234,9 +234,9 @@ def prepare(model: onnx.ModelProto, config: Config, spared: Mapping[str, str] = 
     inputs, warnings = read_inputs(graph, config, statistics)
     known = [spec.name for spec in inputs if spec.inferred]
     sampled = config.source == "data"
-    recovered = (
-        {} if sampled else recover(graph, layers, statistics, draw_chunks(inputs, replace(config, samples=CHUNK)))
-    )
+    recovered: Statistics = {}
+    if config.source == "aligned":  # independent draws at some tensors only would spoil what stands between them
+        recovered = recover(graph, layers, statistics, draw_chunks(inputs, replace(config, samples=CHUNK)))
     origins = {
         layer.name: "data" if sampled else origin(graph, layer.input, statistics, recovered, known) for layer in layers
     }

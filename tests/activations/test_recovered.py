@@ -8,7 +8,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from onnx_lwdf.activations.images import dead_leaves
 from onnx_lwdf.activations.recovered import bottlenecks, left_over, recover
+from onnx_lwdf.compress import prepare
+from onnx_lwdf.config import Config
 from onnx_lwdf.graph import Graph
 from onnx_lwdf.layers import Layer, bias_of, find_layers, set_bias, set_weight, weight_of
 from onnx_lwdf.precondition.fold import fold
@@ -19,10 +22,10 @@ from tests.nets import answers, samples, trained, with_weights
 BLOCKS = 3
 
 
-def bottleneck_net(seed: int = 0) -> onnx.ModelProto:
+def bottleneck_net(seed: int = 0, feeds: dict[str, np.ndarray] | None = None) -> onnx.ModelProto:
     """Expansion-BN-Relu, projection-BN, three times, the last two residual; then a layer behind a Relu.
 
-    Trained on standard normal values; the projections have beta 0 and gammas of one rms.
+    Trained on standard normal values, or these; the projections have beta 0 and gammas of one rms.
     """
     rng = np.random.default_rng(seed)
     lines, source, width, tensors = [], "x", 3, {}
@@ -45,7 +48,7 @@ def bottleneck_net(seed: int = 0) -> onnx.ModelProto:
     lines += [f"z = Conv ({source}, wz)", "rz = Relu (z)", "y = Conv (rz, wy)"]
     body = "\n".join(lines)
     text = f'<ir_version: 8, opset_import: ["" : 17]> net (float[N,3,12,12] x) => (float[N,4,12,12] y) {{ {body} }}'
-    return trained(with_weights(text, tensors))
+    return trained(with_weights(text, tensors), feeds)
 
 
 def folded(model: onnx.ModelProto) -> tuple[Graph, list[Layer], Statistics]:
@@ -158,3 +161,12 @@ def test_the_rung_of_every_layer():
     mixed = {name: found[name] for name in ("p1", "p2")}
     assert origin(graph, "s2", {"p0": stored["p0"]}, mixed, []) == "recovered"  # the weakest of the ways back names it
     assert origin(graph, "p0", {"p0": stored["p0"]}, mixed, []) == "bn"
+
+
+@pytest.mark.parametrize(("source", "recovered"), [("aligned", True), ("gaussian", False)])
+def test_only_images_are_aligned_to_what_is_recovered(source, recovered):
+    images = 2 * dead_leaves(64, 3, 12, 12, np.random.default_rng(1)) - 1
+    graph, _, _ = folded(bottleneck_net(feeds={"x": images}))
+    prepared = prepare(graph.model, Config(activations_from=source, input_range=(-1.0, 1.0)))
+    assert ("recovered" in prepared.origins.values()) == recovered
+    assert ("p0" in prepared.statistics) == recovered
