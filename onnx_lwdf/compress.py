@@ -10,8 +10,9 @@ import numpy as np
 import onnx
 
 from onnx_lwdf.activations.inputs import InputSpec, find_inputs, read_inputs
+from onnx_lwdf.activations.recovered import recover
 from onnx_lwdf.activations.sampler import draw_chunks, synthesize
-from onnx_lwdf.activations.taps import Feed
+from onnx_lwdf.activations.taps import CHUNK, Feed
 from onnx_lwdf.batch import FixedBatch, fix_batch, free_batch
 from onnx_lwdf.channels.prune import Pruned, prune_channels
 from onnx_lwdf.channels.spread import pooled_sources
@@ -38,6 +39,10 @@ from onnx_lwdf.tradeoff import Point, Sizes, choose_bits, expected
 from onnx_lwdf.verify import Fidelity, verify
 
 VERIFIED_SAMPLES = 8
+FOLDED = (
+    "BatchNormalization was folded into the weights when the model was exported: its statistics are recovered in part, "
+    "and the other layers know their inputs from synthetic images alone; export it with BatchNormalization kept"
+)
 TAIL = "joins what different layers put out, and no layer follows: stays float"
 
 
@@ -229,14 +234,19 @@ def prepare(model: onnx.ModelProto, config: Config, spared: Mapping[str, str] = 
     inputs, warnings = read_inputs(graph, config, statistics)
     known = [spec.name for spec in inputs if spec.inferred]
     sampled = config.source == "data"
-    origins = {layer.name: "data" if sampled else origin(graph, layer.input, statistics, known) for layer in layers}
-    warnings = (*filter(None, notes), *warnings)
+    recovered: Statistics = {}
+    if config.source == "aligned":  # independent draws at some tensors only would spoil what stands between them
+        recovered = recover(graph, layers, statistics, draw_chunks(inputs, replace(config, samples=CHUNK)))
+    origins = {
+        layer.name: "data" if sampled else origin(graph, layer.input, statistics, recovered, known) for layer in layers
+    }
+    warnings = (*filter(None, notes), *warnings, *([FOLDED] if recovered else []))
     found = sources(graph, layers)
     return Prepared(
         graph=graph,
         layers=layers,
         skipped=skipped,
-        statistics=statistics,
+        statistics={**statistics, **recovered},
         plan=plan,
         pruning=pruning,
         origins=origins,

@@ -144,6 +144,13 @@ class Graph:
         if all(reader is not node for reader in self.consumers[tensor]):
             self.consumers[tensor].append(node)
 
+    def reroute(self, readers: Iterable[onnx.NodeProto], tensor: str, other: str) -> None:
+        """Let nodes that read the tensor read the other one."""
+        for reader in readers:
+            for index, name in enumerate(reader.input):
+                if name == tensor:
+                    self.connect(reader, index, other)
+
     def overwrite(self, name: str, value: npt.ArrayLike) -> None:
         """Let the initializer of this name have this value."""
         proto = numpy_helper.from_array(np.asarray(value, order="C"), name)

@@ -92,11 +92,7 @@ def _pass(graph: Graph, chosen: Sequence[str], ranks: Mapping[str, int], known: 
             shift, scale = inputs[tensor] = probe.unique("recalibration.mean"), probe.unique("recalibration.deviation")
         else:
             continue  # the float network goes on as it is
-        aligned = normalize(probe, tensor, mean, variance, shift, scale)
-        for reader in readers:
-            for index, name in enumerate(reader.input):
-                if name == tensor:
-                    probe.connect(reader, index, aligned)
+        probe.reroute(readers, tensor, normalize(probe, tensor, mean, variance, shift, scale))
     model = probe.model
     del model.graph.output[:]
     probe.outputs = [name for pair in measured.values() for name in pair]

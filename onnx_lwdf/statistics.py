@@ -34,11 +34,14 @@ class ChannelStatistics:
 Statistics = Mapping[str, ChannelStatistics]  # tensor name -> its statistics
 
 
-def origin(graph: Graph, tensor: str, statistics: Statistics, known_inputs: Iterable[str]) -> str:
-    """Where the distribution of a tensor comes from: "bn" or "propagated".
+def origin(
+    graph: Graph, tensor: str, statistics: Statistics, recovered: Statistics, known_inputs: Iterable[str]
+) -> str:
+    """Where the distribution of a tensor comes from: "bn", "recovered" or "propagated".
 
     "bn": whatever way one goes back from it, stored statistics (or an input of known normalization) come before any layer
-    without them. "propagated": some layer's output is known only by running synthetic images through the float network.
+    without them. "recovered": on some ways they are not stored, but inferred from what a folded BatchNormalization left.
+    "propagated": some layer's output is known only by running synthetic images through the float network.
     """
     known, seen, waiting = set(known_inputs) | set(statistics), set(), [tensor]
     while waiting:
@@ -47,7 +50,9 @@ def origin(graph: Graph, tensor: str, statistics: Statistics, known_inputs: Iter
             continue
         seen.add(name)
         node = graph.producer.get(name)
+        if name in recovered:
+            continue
         if node is None or node.op_type in WEIGHTED:
             return "propagated"
         waiting.extend(source for source in node.input if source)
-    return "bn"
+    return "bn" if seen.isdisjoint(recovered) else "recovered"

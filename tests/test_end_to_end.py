@@ -38,8 +38,9 @@ def test_accuracy_of_real_networks(name, bits, points):
     result = onnx_lwdf.compress(source, bits=bits)
     assert accuracy(result.model) >= accuracy(source) - points
     assert len(result.report.kept) == 0
-    expected = "propagated" if "folded" in name else "bn"
-    assert {layer.statistics for layer in result.report.layers} == {expected}
+    expected = {"recovered", "propagated"} if "folded" in name else {"bn"}
+    assert {layer.statistics for layer in result.report.layers} == expected
+    assert any("folded" in text for text in result.report.warnings) == ("folded" in name)
 
 
 def test_mobilenet_on_unseen_synthetic_images():

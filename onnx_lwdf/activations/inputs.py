@@ -5,6 +5,7 @@ the mean and the variance that its channels had in training. Every convention of
 they go through the graph up to that point, and the convention whose channel statistics there are nearest to the stored
 ones, in Kullback-Leibler divergence of Gaussians averaged over the channels, is the input's. Where no convention fits,
 the normalization is estimated: channel means by least squares (the graph up to there is affine), one common deviation.
+A folded BatchNormalization can still tell the conventions apart by the bias of a bottleneck; what it says is assumed only.
 """
 
 from __future__ import annotations
@@ -18,6 +19,16 @@ import numpy as np
 import onnx
 
 from onnx_lwdf.activations.images import F32, dead_leaves
+from onnx_lwdf.activations.normalization import (
+    AS_BYTES,
+    ASSUMED,
+    ASSUMED_GREY,
+    CONVENTIONS,
+    DEAD_LEAVES_MEAN,
+    ESTIMATED,
+    Normalization,
+)
+from onnx_lwdf.activations.recovered import bottlenecks, left_over
 from onnx_lwdf.config import Config
 from onnx_lwdf.errors import ModelError, OptionError
 from onnx_lwdf.graph import Graph, attribute
@@ -37,50 +48,9 @@ WORST_DIVERGENCE = 10.0  # a single channel's say is bounded: dead channels dive
 # 1.2 to 8 all the same; on one whose normalization is in no table it wins by more than 25.
 GOOD_FIT = 0.1
 CLEARLY_BETTER = 1 / 16
-ESTIMATED_REACH = 3.0  # deviations around the mean that an input of estimated normalization is given
-ESTIMATED = "estimated"
-DEAD_LEAVES_MEAN, DEAD_LEAVES_DEVIATION = 127.5, 71.0  # of the synthetic pixels, measured
-
-
-@dataclass(frozen=True, slots=True)
-class Normalization:
-    """x = (pixel - mean) / std, pixels on the 0..255 scale; one value per channel, or one for all."""
-
-    name: str
-    mean: tuple[float, ...]
-    std: tuple[float, ...]
-
-    def apply(self, images: F32) -> F32:
-        """Images in [0, 1] [N, C, ...] to the model's scale."""
-        shape = (1, -1, *(1,) * (images.ndim - 2))
-        mean, std = np.array(self.mean, np.float32).reshape(shape), np.array(self.std, np.float32).reshape(shape)
-        return np.asarray((images * np.float32(255) - mean) / std, np.float32)
-
-    @property
-    def range(self) -> tuple[float, float]:
-        """The smallest and the largest value that a pixel can become; generous where it is estimated."""
-        if self.name == ESTIMATED:
-            return self._estimated_range()
-        low = min(-m / s for m, s in zip(self.mean, self.std, strict=True))
-        return low, max((255 - m) / s for m, s in zip(self.mean, self.std, strict=True))
-
-    def _estimated_range(self) -> tuple[float, float]:
-        """Mean and deviation are known, the black and the white point are not."""
-        centers = [(DEAD_LEAVES_MEAN - m) / s for m, s in zip(self.mean, self.std, strict=True)]
-        reach = ESTIMATED_REACH * max(DEAD_LEAVES_DEVIATION / s for s in self.std)
-        return min(centers) - reach, max(centers) + reach
-
-
-AS_BYTES = Normalization("zero to 255", (0.0,), (1.0,))
-CONVENTIONS: tuple[Normalization, ...] = (
-    Normalization("torchvision", (123.675, 116.28, 103.53), (58.395, 57.12, 57.375)),
-    Normalization("minus one to one", (127.5,), (127.5,)),
-    Normalization("zero to one", (0.0,), (255.0,)),
-    AS_BYTES,
-    Normalization("caffe BGR", (103.939, 116.779, 123.68), (1.0, 1.0, 1.0)),
-)
-ASSUMED = CONVENTIONS[0]
-ASSUMED_GREY = Normalization("zero mean, unit deviation", (127.5,), (64.0,))
+# Of the bias's energy, in the mean of the first bottleneck, under the right convention at most: on four networks whose
+# convention is known the right one left 0.01 to 0.09, and torchvision's, where it was wrong and did not fit, 0.20 and 0.22.
+MOST_LEFT = 0.1
 
 
 @dataclass(frozen=True, slots=True)
@@ -217,8 +187,26 @@ def _normalized(graph: Graph, spec: InputSpec, config: Config, statistics: Stati
         return _replace(spec, given, inferred=True)
     probe = _first_statistics(graph, spec.name, statistics)
     if probe is None:
-        return _replace(spec, ASSUMED if channels == 3 else ASSUMED_GREY, inferred=False)
+        return _replace(spec, _assumed(graph, spec), inferred=False)
     return _replace(spec, infer(graph, spec, probe, statistics[probe]), inferred=True)
+
+
+def _assumed(graph: Graph, spec: InputSpec) -> Normalization:
+    """The common convention, unless it does not fit the bias of the first bottleneck and another one does."""
+    height, width, channels = spec.shape if spec.channels_last else (*spec.shape[1:], spec.shape[0])
+    common = ASSUMED if channels == 3 else ASSUMED_GREY
+    groups = bottlenecks(graph, find_layers(graph)[0], {})
+    if not groups or len(graph.inputs) > 1:
+        return common
+    first = groups[0].producers[0]
+    head = _head(graph.model, first.output)
+    images = dead_leaves(spec.batch or PROBES, channels, height, width, np.random.default_rng(0))
+    left = {}
+    for convention in (common, *(c for c in CONVENTIONS if len(c.mean) in (1, channels))):
+        mean, _ = _response(head, {spec.name: _replace(spec, convention, False).place(images)})
+        left[convention] = left_over(graph, [first], {first.output: mean})
+    best = min(left, key=lambda convention: left[convention])
+    return best if left[best] <= MOST_LEFT < left[common] else common
 
 
 def _replace(spec: InputSpec, normalization: Normalization, inferred: bool) -> InputSpec:

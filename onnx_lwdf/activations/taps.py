@@ -163,10 +163,7 @@ def _replace(graph: Graph, tensor: str, align: Align, known: ChannelStatistics, 
     """Let all readers of the tensor read its aligned version; the new tensor's name."""
     readers = list(graph.consumers[tensor])
     aligned = align(graph, tensor, known, shape)
-    for reader in readers:
-        for index, name in enumerate(reader.input):
-            if name == tensor:
-                graph.connect(reader, index, aligned)
+    graph.reroute(readers, tensor, aligned)
     return aligned
 
 

@@ -10,12 +10,13 @@ import pytest
 from onnx import numpy_helper
 
 from onnx_lwdf.activations.images import dead_leaves
-from onnx_lwdf.activations.inputs import CONVENTIONS, ESTIMATED, Normalization, find_inputs, read_inputs
+from onnx_lwdf.activations.inputs import find_inputs, read_inputs
+from onnx_lwdf.activations.normalization import CONVENTIONS, ESTIMATED, Normalization
 from onnx_lwdf.config import Config
 from onnx_lwdf.errors import OptionError
 from onnx_lwdf.graph import Graph
 from onnx_lwdf.precondition.fold import fold
-from tests.nets import residual, with_weights
+from tests.nets import residual, trained, with_weights
 
 MODELS = Path(__file__).parent.parent.parent / "models"
 
@@ -92,6 +93,34 @@ def test_without_batchnorm_the_assumption_is_said():
     spec, warnings = read(onnx.load(MODELS / "fmnist-mbv2-folded.onnx"))
     assert not spec.inferred
     assert "--input-mean" in warnings[0]
+
+
+@pytest.mark.parametrize("convention", CONVENTIONS[:2], ids=lambda c: c.name)
+def test_a_folded_bottleneck_tells_what_to_assume(convention):
+    """Trained with either convention, then folded: the bias fits the right one, and the wrong one does not fit it."""
+    images = convention.apply(dead_leaves(96, 3, 96, 96, np.random.default_rng(99)))
+    rng = np.random.default_rng(3)
+    shapes = {"w0": (16, 3, 3, 3), "b0": (16,), "w1": (16, 16, 1, 1), "w2": (4, 16, 1, 1), "w3": (4, 4, 1, 1)}
+    tensors = {name: rng.normal(0, 0.5, shape) for name, shape in shapes.items()}
+    tensors |= {"gamma": np.ones(16), "beta": np.zeros(16), "mean": np.zeros(16), "variance": np.ones(16)}
+    text = """
+    <ir_version: 8, opset_import: ["" : 17]>
+    net (float[N,3,96,96] x) => (float[N,4,94,94] y) {
+        a = Conv (x, w0, b0)
+        r = Relu (a)
+        c = Conv (r, w1)
+        p = BatchNormalization (c, gamma, beta, mean, variance)
+        e = Conv (p, w2)
+        q = Relu (e)
+        y = Conv (q, w3)
+    }
+    """
+    graph = Graph(trained(with_weights(text, tensors), {"x": images}))
+    fold(graph)
+    (spec,), warnings = read_inputs(graph, Config(), {})
+    assert spec.normalization == convention
+    assert not spec.inferred
+    assert f"assumed {convention.name}" in warnings[0]
 
 
 def test_given_normalization_wins():

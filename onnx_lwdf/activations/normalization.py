@@ -1,0 +1,54 @@
+"""How pixels become a network's input: x = (pixel - mean) / std, and the conventions that networks are trained with."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from onnx_lwdf.activations.images import F32
+
+ESTIMATED_REACH = 3.0  # deviations around the mean that an input of estimated normalization is given
+ESTIMATED = "estimated"
+DEAD_LEAVES_MEAN, DEAD_LEAVES_DEVIATION = 127.5, 71.0  # of the synthetic pixels, measured
+
+
+@dataclass(frozen=True, slots=True)
+class Normalization:
+    """x = (pixel - mean) / std, pixels on the 0..255 scale; one value per channel, or one for all."""
+
+    name: str
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+
+    def apply(self, images: F32) -> F32:
+        """Images in [0, 1] [N, C, ...] to the model's scale."""
+        shape = (1, -1, *(1,) * (images.ndim - 2))
+        mean, std = np.array(self.mean, np.float32).reshape(shape), np.array(self.std, np.float32).reshape(shape)
+        return np.asarray((images * np.float32(255) - mean) / std, np.float32)
+
+    @property
+    def range(self) -> tuple[float, float]:
+        """The smallest and the largest value that a pixel can become; generous where it is estimated."""
+        if self.name == ESTIMATED:
+            return self._estimated_range()
+        low = min(-m / s for m, s in zip(self.mean, self.std, strict=True))
+        return low, max((255 - m) / s for m, s in zip(self.mean, self.std, strict=True))
+
+    def _estimated_range(self) -> tuple[float, float]:
+        """Mean and deviation are known, the black and the white point are not."""
+        centers = [(DEAD_LEAVES_MEAN - m) / s for m, s in zip(self.mean, self.std, strict=True)]
+        reach = ESTIMATED_REACH * max(DEAD_LEAVES_DEVIATION / s for s in self.std)
+        return min(centers) - reach, max(centers) + reach
+
+
+AS_BYTES = Normalization("zero to 255", (0.0,), (1.0,))
+CONVENTIONS: tuple[Normalization, ...] = (
+    Normalization("torchvision", (123.675, 116.28, 103.53), (58.395, 57.12, 57.375)),
+    Normalization("minus one to one", (127.5,), (127.5,)),
+    Normalization("zero to one", (0.0,), (255.0,)),
+    AS_BYTES,
+    Normalization("caffe BGR", (103.939, 116.779, 123.68), (1.0, 1.0, 1.0)),
+)
+ASSUMED = CONVENTIONS[0]
+ASSUMED_GREY = Normalization("zero mean, unit deviation", (127.5,), (64.0,))
