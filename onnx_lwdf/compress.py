@@ -95,14 +95,16 @@ class Compressed:
 def compress_model(source: Source, config: Config, on_layer: OnLayer) -> Compressed:
     """The five steps on a model that was read; the source is not changed.
 
-    A layer that puts out more error than signal, from inputs that are sound, stays float. Raises ModelError where an output
-    has more error than signal all the same. With `fail_under` the user says how much may be lost: less than 0 dB, too.
+    A layer that puts out more error than signal, from inputs that are sound, stays float where the outputs gain by it.
+    Raises ModelError where an output has more error than signal all the same. With `fail_under` the user says how much
+    may be lost: less than 0 dB, too.
     """
     least = min(0.0, config.fail_under or 0.0)
     done = _compress(source, config, on_layer, {})
     if harmed := done.fidelity.harmed(done.prepared.sources, least):
         spared = {name: f"stays float: at its output {done.fidelity.layers[name]:.1f} dB were left" for name in harmed}
-        done = _compress(source, config, on_layer, spared)
+        other = _compress(source, config, on_layer, spared)
+        done = other if other.fidelity.worst >= done.fidelity.worst else done
     if config.fail_under is None and (lost := done.fidelity.lost(done.prepared.behind)):
         name, decibels = min(lost.items(), key=lambda pair: pair[1])
         raise ModelError(

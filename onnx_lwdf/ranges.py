@@ -2,13 +2,8 @@
 
     code = clip(round(x / scale) + zero_point, 0, 2^bits - 1),    stored value = scale (code - zero_point)
 
-The range [low, high] contains 0, which is exactly representable. It is searched on samples for the least weighted error,
-rounding and clipping together; min/max ranges waste codes on values that hardly occur. Errors count by their square, and
-
-    by |sqrt(weight) error|^3
-
-where no activation bounds the values: their tails are longer than samples show, and every residual sum clips them anew.
-(The exponent was chosen among 2, 2.4 and 3 on the Fashion-MNIST networks, docs/accuracy.md.)
+The range [low, high] contains 0, which is exactly representable. It is searched on samples for the least weighted
+squared error, rounding and clipping together; min/max ranges waste codes on values that hardly occur.
 """
 
 from __future__ import annotations
@@ -23,7 +18,6 @@ F64 = npt.NDArray[np.float64]
 FRACTIONS = np.geomspace(1.0, 0.08, 40)  # of the observed bound, coarse
 REFINED = np.linspace(0.94, 1.06, 7)  # around the best, fine
 SMALLEST_SCALE = 1e-30  # far above float32's denormals, far below any activation
-UNBOUNDED = 3.0  # exponent of errors where no activation bounds the values
 ROUNDS = 2  # low and high in turn
 BULK, TAIL = 2**13, 2**11  # values that the search looks at: the bulk is thinned, the tails are kept whole
 
@@ -73,19 +67,17 @@ def search_grid(
     high: float | None = None,
     symmetric: bool = False,
 ) -> ActivationGrid:
-    """The grid with the least weighted error on samples.
+    """The grid with the least weighted squared error on samples.
 
-    values, weights: [samples]. low, high: bounds that the values cannot leave (a Relu, a Clip), used where they are tighter.
+    values, weights: [samples]. low, high: bounds that the values cannot leave (a Clip), used where they are tighter.
     """
-    exponent = UNBOUNDED if low is None and high is None else 2.0
     least, most = float(min(values.min(), 0.0)), float(max(values.max(), 0.0))
     least, most = max(least, low) if low is not None else least, min(most, high) if high is not None else most
-    values, weights, counts = _thinned(values, weights)
-    weights = counts * weights ** (exponent / 2)
+    values, weights = _thinned(values, weights)
 
     def error(low: float, high: float) -> float:
         difference = grid_for(low, high, bits, symmetric).quantize(values) - values
-        return float(np.dot(weights, np.abs(difference) ** exponent))
+        return float(np.dot(weights, difference * difference))
 
     best = (error(least, most), least, most)
     for _ in range(ROUNDS):
@@ -101,18 +93,15 @@ def search_grid(
     return grid_for(best[1], best[2], bits, symmetric)
 
 
-def _thinned(values: F64, weights: F64) -> tuple[F64, F64, F64]:
-    """Fewer values that stand for all, their weights, and how many each stands for.
-
-    Rare large ones decide where a range may end, so the tails stay whole.
-    """
+def _thinned(values: F64, weights: F64) -> tuple[F64, F64]:
+    """Fewer values that stand for all: rare large ones decide where a range may end, so the tails stay whole."""
     if values.size <= BULK + 2 * TAIL:
-        return values, weights, np.ones(values.size)
+        return values, weights
     order = np.argpartition(values, (TAIL, values.size - TAIL))
     bulk = np.sort(order[TAIL:-TAIL])  # in the order of the samples: a fixed stride through it is a fair draw
     step = -(-bulk.size // BULK)
-    drawn = bulk[step // 2 :: step]
-    chosen = np.concatenate([order[:TAIL], drawn, order[-TAIL:]])
-    counts = np.ones(chosen.size)
-    counts[TAIL:-TAIL] = weights[bulk].sum() / max(weights[drawn].sum(), np.finfo(np.float64).tiny)
-    return values[chosen], weights[chosen], counts
+    chosen = np.concatenate([order[:TAIL], bulk[step // 2 :: step], order[-TAIL:]])
+    share = weights[bulk].sum() / max(weights[bulk[step // 2 :: step]].sum(), np.finfo(np.float64).tiny)
+    scaled = weights[chosen].copy()
+    scaled[TAIL:-TAIL] *= share
+    return values[chosen], scaled

@@ -25,6 +25,11 @@ class Fidelity:
     outputs: Mapping[str, float]  # those that hold real numbers, of the same shape in both models
     layers: Mapping[str, float]  # by layer name
 
+    @property
+    def worst(self) -> float:
+        """Of the outputs; +inf where none has an error to measure."""
+        return min(self.outputs.values(), default=math.inf)
+
     def lost(self, sources: Mapping[str, Set[str]]) -> dict[str, float]:
         """The outputs with more error than signal: zeros would be nearer. `sources`: output -> the layers that it comes from.
 
