@@ -173,7 +173,7 @@ def tensor_shapes(model: onnx.ModelProto, tensors: Iterable[str], feed: Feed) ->
     inputs = [name for name in names if name in feed]
     wanted = [name for name in names if name not in feed]
     fixed = {info.name: info.type.tensor_type.shape.dim[:1] for info in model.graph.input}
-    fewest = {name: max((dim.dim_value for dim in dims), default=0) or 1 for name, dims in fixed.items()}
+    fewest = {name: max([1, *(dim.dim_value for dim in dims)]) for name, dims in fixed.items()}  # -1: open, for some
     single = {name: value[: fewest[name]] if value.ndim else value for name, value in feed.items()}
     values = run(open_session(copy_of(model, wanted)), single, wanted) if wanted else []
     shapes = {name: value.shape for name, value in zip(wanted, values, strict=True)}

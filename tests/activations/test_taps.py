@@ -44,6 +44,15 @@ def test_patches_times_weights_are_the_layers_output(monkeypatch):
         np.testing.assert_allclose(answer, expected, rtol=1e-3, atol=1e-4)  # float32 convolutions
 
 
+def test_shapes_are_those_of_a_single_sample_where_the_batch_is_open_as_minus_one():
+    model, _, statistics, _ = folded()
+    feed = samples(model, 8)
+    expected = tensor_shapes(model, statistics, feed)
+    assert {shape[0] for shape in expected.values()} == {1}
+    model.graph.input[0].type.tensor_type.shape.dim[0].dim_value = -1
+    assert tensor_shapes(model, statistics, feed) == expected
+
+
 def test_aligned_tensors_have_the_stored_mean_and_deviation():
     model, graph, statistics, _ = folded()
     shapes = tensor_shapes(model, statistics, samples(model))
