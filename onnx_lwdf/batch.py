@@ -47,8 +47,7 @@ def free_batch(graph: Graph, inputs: Sequence[InputSpec]) -> FixedBatch | None:
             info.type.tensor_type.shape.dim[0].Clear()
     if _same(original, graph.model, size, inputs):
         return fixed
-    graph.model.CopyFrom(original)
-    graph.__init__(graph.model)  # type: ignore[misc]  # the same state, read anew
+    graph.restore(original)
     return None
 
 

@@ -151,6 +151,17 @@ class Graph:
                 if name == tensor:
                     self.connect(reader, index, other)
 
+    def set_outputs(self, names: Iterable[str]) -> None:
+        """Let these tensors be what the model puts out."""
+        self.outputs = list(dict.fromkeys(names))
+        del self.model.graph.output[:]
+        self.model.graph.output.extend(onnx.helper.make_empty_tensor_value_info(name) for name in self.outputs)
+
+    def restore(self, model: onnx.ModelProto) -> None:
+        """Be this model, whatever was edited."""
+        self.model.CopyFrom(model)
+        self.__init__(self.model)  # type: ignore[misc]  # the same state, read anew
+
     def overwrite(self, name: str, value: npt.ArrayLike) -> None:
         """Let the initializer of this name have this value."""
         proto = numpy_helper.from_array(np.asarray(value, order="C"), name)

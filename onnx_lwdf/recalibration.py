@@ -94,9 +94,7 @@ def _pass(graph: Graph, chosen: Sequence[str], ranks: Mapping[str, int], known: 
             continue  # the float network goes on as it is
         probe.reroute(readers, tensor, normalize(probe, tensor, mean, variance, shift, scale))
     model = probe.model
-    del model.graph.output[:]
-    probe.outputs = [name for pair in measured.values() for name in pair]
-    model.graph.output.extend(onnx.helper.make_empty_tensor_value_info(name) for name in probe.outputs)
+    probe.set_outputs(name for pair in measured.values() for name in pair)
     for pair in inputs.values():
         for name in pair:
             model.graph.input.append(onnx.helper.make_tensor_value_info(name, onnx.TensorProto.FLOAT, [None]))

@@ -50,7 +50,7 @@ GOOD_FIT = 0.1
 CLEARLY_BETTER = 1 / 16
 # Of the bias's energy, in the mean of the first bottleneck, under the right convention at most: on four networks whose
 # convention is known the right one left 0.01 to 0.09, and torchvision's, where it was wrong and did not fit, 0.20 and 0.22.
-MOST_LEFT = 0.1
+LEFT_BY_RIGHT = 0.1
 
 
 @dataclass(frozen=True, slots=True)
@@ -110,16 +110,10 @@ def find_inputs(graph: Graph, config: Config) -> list[InputSpec]:
         names = ", ".join(graph.inputs)
         raise OptionError(f"input-shape names {sorted(unknown)[0]!r}, which is no input; the inputs are {names}")
     infos = {value.name: value for value in graph.model.graph.input}
-    specs = [_spec(infos[name], _channels_read(graph, name), config) for name in graph.inputs]
+    layers = reversed(find_layers(graph)[0])  # of several readers the first tells
+    read = {layer.input: ((1 if layer.window else -1), input_channels(graph, layer)) for layer in layers}
+    specs = [_spec(infos[name], read.get(name), config) for name in graph.inputs]
     return [replace(spec, rows=_rows_read(graph, spec.name)) for spec in specs]
-
-
-def _channels_read(graph: Graph, name: str) -> tuple[int, int] | None:
-    """The axis of the input's channels and their number, where a layer reads it."""
-    for layer in find_layers(graph)[0]:
-        if layer.input == name:
-            return (1 if layer.window else -1), input_channels(graph, layer)
-    return None
 
 
 def _rows_read(graph: Graph, name: str) -> int:
@@ -144,6 +138,7 @@ def _assumption(spec: InputSpec) -> str:
 
 
 def _spec(info: onnx.ValueInfoProto, channels: tuple[int, int] | None, config: Config) -> InputSpec:
+    """`channels`: the axis of the input's channels and their number, where a layer reads it."""
     kind = info.type.tensor_type
     if not info.type.HasField("tensor_type") or kind.elem_type not in DRAWN:
         word = onnx.TensorProto.DataType.Name(kind.elem_type).lower() if kind.elem_type else "no tensor"
@@ -206,7 +201,7 @@ def _assumed(graph: Graph, spec: InputSpec) -> Normalization:
         mean, _ = _response(head, {spec.name: _replace(spec, convention, False).place(images)})
         left[convention] = left_over(graph, [first], {first.output: mean})
     best = min(left, key=lambda convention: left[convention])
-    return best if left[best] <= MOST_LEFT < left[common] else common
+    return best if left[best] <= LEFT_BY_RIGHT < left[common] else common
 
 
 def _replace(spec: InputSpec, normalization: Normalization, inferred: bool) -> InputSpec:

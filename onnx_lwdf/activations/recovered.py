@@ -19,7 +19,6 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 
 import numpy as np
-import onnx
 
 from onnx_lwdf.activations.aligned import align, batch_statistics, normalize
 from onnx_lwdf.activations.taps import Feed, tensor_shapes
@@ -90,12 +89,9 @@ def _measure(
             centered = normalize(probe, name, mean, variance, zero, deviation)
         probe.reroute(readers, name, centered)
     outputs = [name for pair in pairs.values() for name in pair]
-    model = probe.model
-    del model.graph.output[:]
-    probe.outputs = outputs
-    model.graph.output.extend(onnx.helper.make_empty_tensor_value_info(name) for name in outputs)
+    probe.set_outputs(outputs)
     probe.commit()
-    session = open_session(model, arena=False)
+    session = open_session(probe.model, arena=False)
     answers = zip(*(run(session, chunk, outputs) for chunk in chunks), strict=True)
     values = {
         name: np.asarray(np.mean(found, axis=0), np.float64) for name, found in zip(outputs, answers, strict=True)

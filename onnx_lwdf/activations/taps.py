@@ -223,9 +223,7 @@ def _sums(name: str, x: F32) -> tuple[F64, F64]:
 
 def _session(graph: Graph, taps: Sequence[_Tap]) -> ort.InferenceSession:
     model = graph.model
-    del model.graph.output[:]
-    graph.outputs = list(dict.fromkeys(tap.output for tap in taps))
-    model.graph.output.extend(onnx.helper.make_empty_tensor_value_info(name) for name in graph.outputs)
+    graph.set_outputs(tap.output for tap in taps)
     for tap in taps:
         if tap.feed is not None:
             model.graph.input.append(onnx.helper.make_tensor_value_info(tap.feed, onnx.TensorProto.INT64, [None]))
