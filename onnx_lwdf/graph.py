@@ -183,7 +183,7 @@ class Graph:
         return self._append(op, inputs, self.unique(f"folded.{len(self.nodes)}"), **attributes)
 
     def add_split(self, tensor: str, sizes: Sequence[int]) -> list[str]:
-        """Cut a tensor of rank 1 into parts of these sizes; their names. As `add_folded`."""
+        """Cut a tensor along its first axis into parts of these sizes; their names. As `add_folded`."""
         first = self.add_folded("Split", [tensor, self.shared_constant(np.array(sizes))])
         node = self.producer[first]
         node.output.extend(self.unique(f"{first}.{place}") for place in range(1, len(sizes)))

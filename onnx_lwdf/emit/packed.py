@@ -1,12 +1,13 @@
 """Storage of codes below 8 bits in bytes without a gap, rebuilt by bit operations that onnxruntime folds at load.
 
 The codes of all tensors of one width follow each other in one row. A code less the smallest of its channel is cut into
-pieces of 4, 2 and 1 bits, from the top (6 = 4 + 2, 7 = 4 + 2 + 1); the pieces of one width fill bytes of their own.
-Piece k of w bits in byte j belongs to code k * bytes + j, so that one column of masks and one of shifts, broadcast over
-the row of bytes, take all of them out:
+pieces of 6, 4, 2 and 1 bits, from the top (5 = 4 + 1, 7 = 6 + 1); the pieces of one width fill bytes of their own. They
+lie in rows under each other, so that one column of masks and one of shifts take all rows out of the same bytes:
 
-    bytes [n w / 8]  -> BitwiseAnd [[2^w - 1], [(2^w - 1) << w], ...] -> BitShift right by [[0], [w], ...] -> [8 / w, n w / 8]
-    codes            =  (piece << lower bits) | ... -> Split -> Reshape -> + smallest of the channel
+    w = 4, 2, 1:  [n w / 8] bytes  -> BitwiseAnd [[2^w - 1], [(2^w - 1) << w], ...] -> BitShift right by [[0], [w], ...]
+    w = 6:        [3, n / 4] bytes -> BitwiseAnd 63 -> the first three of four rows; the upper bits hold the fourth:
+                  BitwiseAnd 192 -> BitShift right by [[6], [4], [2]] -> Split -> BitwiseOr
+    codes         =  (piece << lower bits) | ... -> Split -> Reshape -> + smallest of the channel
 
 One chain serves all tensors because onnxruntime spends more time on a folded operator than on the bytes that it reads.
 The mask comes before the shift: OpenVINO shifts by multiplication, and rounds what should fall out of the byte.
@@ -16,6 +17,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import reduce
 
 import numpy as np
 import numpy.typing as npt
@@ -25,14 +27,15 @@ from onnx_lwdf.emit import dense
 from onnx_lwdf.emit.stored import Held, Values, smallest
 from onnx_lwdf.graph import Graph
 
-WIDTHS = (4, 2, 1)
+ROWS = {6: 4, 4: 2, 2: 4, 1: 8}  # of pieces under each other, by their width
+FOURTH = np.array([[0], [2], [4]], np.uint8)  # bits of the fourth row of width 6 that the bytes of the other rows hold
 
 
 @dataclass(frozen=True, slots=True)
 class Piece:
     """The same `width` bits of all codes."""
 
-    data: npt.NDArray[np.uint8]  # [codes * width / 8]
+    data: npt.NDArray[np.uint8]  # [codes * width / 8], [3, codes / 4] of width 6
     width: int
     lower: int  # bits of the code below these
 
@@ -53,15 +56,35 @@ def pack(codes: npt.NDArray[np.uint8], bits: int) -> list[Piece]:
     >>> [piece.data.tolist() for piece in pack(np.array([0, 7, 4], np.uint8), 3)]
     [[8, 3], [2]]
     """
-    widths = [width for width in WIDTHS if bits & width]
-    filled = np.pad(codes, (0, -codes.size % (8 // widths[-1])))
+    widths = _widths(bits)
+    filled = np.pad(codes, (0, -codes.size % max(ROWS[width] for width in widths)))
     pieces, lower = [], bits
     for width in widths:
         lower -= width
-        rows = (filled >> lower & 2**width - 1).reshape(8 // width, -1)  # row k at bit k * width
-        shifts = width * np.arange(8 // width, dtype=np.uint8)[:, None]
-        pieces.append(Piece(np.bitwise_or.reduce(rows << shifts, axis=0), width, lower))
+        rows = (filled >> lower & 2**width - 1).reshape(ROWS[width], -1)
+        pieces.append(Piece(_bytes(rows, width), width, lower))
     return pieces
+
+
+def _widths(bits: int) -> list[int]:
+    """Of the pieces of a code, from the top: the widest that fit."""
+    widths: list[int] = []
+    for width in ROWS:
+        if sum(widths) + width <= bits:
+            widths.append(width)
+    return widths
+
+
+def _bytes(rows: npt.NDArray[np.uint8], width: int) -> npt.NDArray[np.uint8]:
+    """Rows [ROWS[width], m] of pieces without a gap between them."""
+    if width == 6:
+        return rows[:3] | rows[3] >> FOURTH << 6
+    return np.asarray(np.bitwise_or.reduce(rows << _places(width), axis=0))
+
+
+def _places(width: int) -> npt.NDArray[np.uint8]:
+    """The bit of a byte at which each row of pieces starts [rows, 1]."""
+    return width * np.arange(ROWS[width], dtype=np.uint8)[:, None]
 
 
 def _store(graph: Graph, tensors: Sequence[Values]) -> list[Held]:
@@ -72,11 +95,8 @@ def _store(graph: Graph, tensors: Sequence[Values]) -> list[Held]:
     shifted = [values.data.astype(np.int16) - low for values, low in zip(tensors, least, strict=True)]
     pieces = pack(np.concatenate([codes.ravel() for codes in shifted]).astype(np.uint8), bits)
     stem = graph.unique(f"packed{bits}")
-    parts = [_unpacked(graph, f"{stem}.bits{piece.width}", piece, pieces[0].width) for piece in pieces]
-    row = parts[0]
-    for part in parts[1:]:
-        row = graph.add_folded("BitwiseOr", [row, part])
-    row = graph.add_folded("Reshape", [row, graph.shared_constant(np.array([-1]))])
+    parts = [_unpacked(graph, f"{stem}.bits{piece.width}", piece, ROWS[pieces[0].width]) for piece in pieces]
+    row = graph.add_folded("Reshape", [_united(graph, parts), graph.shared_constant(np.array([-1]))])
     sizes = [codes.size for codes in shifted]
     filling = pieces[0].data.size * 8 // pieces[0].width - sum(sizes)
     split = graph.add_split(row, [*sizes, filling] if filling else sizes)
@@ -100,16 +120,28 @@ def _tensor(graph: Graph, values: Values, codes: str, least: npt.NDArray[np.int1
     return Held(name, -(-values.data.size * bits // 8) + least.size)
 
 
-def _unpacked(graph: Graph, stem: str, piece: Piece, first_width: int) -> str:
-    """The piece's bits at their place in the code, uint8 [8 / first_width, codes * first_width / 8]."""
-    data, rows = graph.add_constant(stem, piece.data), 8 // piece.width
-    shifts = piece.width * np.arange(rows, dtype=np.uint8)[:, None]
-    masked = graph.add_folded("BitwiseAnd", [data, graph.shared_constant(2**piece.width - 1 << shifts)])
-    part = graph.add_folded("BitShift", [masked, graph.shared_constant(shifts)], direction="RIGHT")
-    if piece.width != first_width:
-        shape = graph.shared_constant(np.array([8 // first_width, -1]))
-        part = graph.add_folded("Reshape", [part, shape])
-    if piece.lower:
-        lower = graph.shared_constant(np.array([[piece.lower]], np.uint8))
-        part = graph.add_folded("BitShift", [part, lower], direction="LEFT")
-    return part
+def _unpacked(graph: Graph, stem: str, piece: Piece, rows: int) -> str:
+    """The piece's bits at their place in the code, uint8 [rows, codes / rows]."""
+    data = graph.add_constant(stem, piece.data)
+    if piece.width == 6:
+        first = _masked(graph, data, np.array([[63]], np.uint8))
+        fourth = _shifted(graph, _masked(graph, data, np.array([[192]], np.uint8)), "RIGHT", 6 - FOURTH)
+        part = graph.add_folded("Concat", [first, _united(graph, graph.add_split(fourth, [1, 1, 1]))], axis=0)
+    else:
+        places = _places(piece.width)
+        part = _shifted(graph, _masked(graph, data, 2**piece.width - 1 << places), "RIGHT", places)
+    if ROWS[piece.width] != rows:
+        part = graph.add_folded("Reshape", [part, graph.shared_constant(np.array([rows, -1]))])
+    return _shifted(graph, part, "LEFT", np.array([[piece.lower]], np.uint8)) if piece.lower else part
+
+
+def _masked(graph: Graph, tensor: str, masks: npt.NDArray[np.uint8]) -> str:
+    return graph.add_folded("BitwiseAnd", [tensor, graph.shared_constant(masks)])
+
+
+def _shifted(graph: Graph, tensor: str, direction: str, by: npt.NDArray[np.uint8]) -> str:
+    return graph.add_folded("BitShift", [tensor, graph.shared_constant(by)], direction=direction)
+
+
+def _united(graph: Graph, tensors: Sequence[str]) -> str:
+    return reduce(lambda row, part: graph.add_folded("BitwiseOr", [row, part]), tensors)
