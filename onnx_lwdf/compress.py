@@ -164,7 +164,7 @@ def _solve(source: Source, prepared: Prepared, chunks: Sequence[Feed], config: C
     tensors = [
         *(layer.input for layer in layers),
         *(site.tensors[0] for site in sites),
-        *(layer.output for group in groups for layer in group.producers),
+        *(layer.output for group in groups if group.linear for layer in group.producers),
         *(pooled_sources(graph, layers).values() if config.channels else ()),
     ]
     samples = synthesize(graph.model, layers, tensors, prepared.statistics, chunks, config)

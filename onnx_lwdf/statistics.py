@@ -3,6 +3,9 @@
 A BatchNormalization with stored variance v puts out, for every channel, in training
 
     mean = beta,    deviation = |gamma| sqrt(v / (v + epsilon))
+
+Where a channel hardly ever fires, v is below epsilon, and the deviation says little about the values that it then takes;
+|gamma| is what it would be otherwise.
 """
 
 from __future__ import annotations
@@ -25,10 +28,19 @@ class ChannelStatistics:
 
     mean: F64  # [channels]
     deviation: F64  # [channels]
+    gamma: F64 | None = None  # [channels], |gamma| of the BatchNormalization; None where there is none
 
     def through(self, scale: F64, shift: F64) -> ChannelStatistics:
         """Of scale x + shift; both [channels]."""
-        return ChannelStatistics(scale * self.mean + shift, np.abs(scale) * self.deviation)
+        size = np.abs(scale)
+        gamma = None if self.gamma is None else size * self.gamma
+        return ChannelStatistics(scale * self.mean + shift, size * self.deviation, gamma)
+
+    def of(self, kept: npt.NDArray[np.bool_]) -> ChannelStatistics:
+        """Of the channels that are kept [channels]."""
+        return ChannelStatistics(
+            self.mean[kept], self.deviation[kept], None if self.gamma is None else self.gamma[kept]
+        )
 
 
 Statistics = Mapping[str, ChannelStatistics]  # tensor name -> its statistics

@@ -83,7 +83,7 @@ def prune_channels(
 
 
 def _only(value: ChannelStatistics, kept: Mask | None) -> ChannelStatistics:
-    return value if kept is None or kept.all() else ChannelStatistics(value.mean[kept], value.deviation[kept])
+    return value if kept is None or kept.all() else value.of(kept)
 
 
 def _eliminate_all(

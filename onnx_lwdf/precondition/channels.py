@@ -2,7 +2,8 @@
 
 A layer's output channels may be multiplied by s > 0 and the next layer's input channels by 1/s wherever everything in
 between is positively homogeneous and acts channel by channel (Relu, pools, Add). Where it is linear (nothing but Add and
-average pools), any invertible matrix may stand in the place of s. Residual chains share one transform.
+average pools), any invertible matrix may stand in the place of s. Residual chains share one transform. Behind a
+Clip(0, c) a channel may be multiplied too, by as much as leaves it below c: then the Clip does not touch it.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ import onnx
 
 from onnx_lwdf.graph import Graph
 from onnx_lwdf.layers import Layer, input_channels, output_channels
+from onnx_lwdf.sites import clip_bounds
 
 LINEAR = ("Add", "AveragePool", "GlobalAveragePool", "Flatten")
 HOMOGENEOUS = (*LINEAR, "Relu", "LeakyRelu", "MaxPool")
@@ -29,6 +31,7 @@ class ChannelGroup:
     consumers: tuple[Layer, ...]
     channels: int
     linear: bool  # nothing but linear operators between producers and consumers
+    ceiling: float | None = None  # c of the Clip(0, c) behind the one producer
 
 
 def find_groups(graph: Graph, layers: Sequence[Layer]) -> list[ChannelGroup]:
@@ -48,7 +51,7 @@ def _connected(graph: Graph, layers: Sequence[Layer]) -> list[list[str]]:
         return name
 
     for node in graph.nodes:
-        if node.op_type in HOMOGENEOUS:
+        if node.op_type in HOMOGENEOUS or _ceiling(graph, node) is not None:
             for name in node.input[:2] if node.op_type == "Add" else node.input[:1]:
                 root[find(name)] = find(node.output[0])
     for layer in layers:
@@ -66,22 +69,39 @@ def _group(graph: Graph, layers: Sequence[Layer], tensors: list[str]) -> Channel
     writers = {id(graph.producer[layer.output]): layer for layer in layers if layer.output in inside}
     readers = {id(layer.node): layer for layer in layers if layer.input in inside}
     operators: set[str] = set()
+    ceilings: list[float] = []
     for name in tensors:
         node = graph.producer.get(name)
         if node is None or name in graph.outputs or name in graph.captured or not graph.consumers[name]:
             return None
         if id(node) not in writers:
-            if node.op_type not in HOMOGENEOUS or not _channelwise(graph, node):
+            ceiling = _ceiling(graph, node)
+            if ceiling is not None:
+                ceilings.append(ceiling)
+            elif node.op_type not in HOMOGENEOUS or not _channelwise(graph, node):
                 return None
             operators.add(node.op_type)
-        for reader in graph.consumers[name]:
-            if id(reader) not in readers and not (reader.op_type in HOMOGENEOUS and reader.output[0] in inside):
-                return None
+        if any(id(reader) not in readers and reader.output[0] not in inside for reader in graph.consumers[name]):
+            return None
     producers, consumers = tuple(writers.values()), tuple(readers.values())
     sizes = {output_channels(graph, layer) for layer in producers} | {_input_channels(graph, c) for c in consumers}
     if not producers or not consumers or len(sizes) != 1 or any(layer.op == "MatMul" for layer in producers):
         return None
-    return ChannelGroup(tuple(tensors), producers, consumers, sizes.pop(), operators <= set(LINEAR))
+    if ceilings and not (len(ceilings) == len(producers) == 1 and _clipped(graph, producers[0])):
+        return None
+    ceiling = ceilings[0] if ceilings else None
+    return ChannelGroup(tuple(tensors), producers, consumers, sizes.pop(), operators <= set(LINEAR), ceiling)
+
+
+def _clipped(graph: Graph, layer: Layer) -> bool:
+    reader = graph.sole_consumer(layer.output)
+    return reader is not None and reader.op_type == "Clip"
+
+
+def _ceiling(graph: Graph, node: onnx.NodeProto) -> float | None:
+    """The c of a Clip(0, c), None of any other node."""
+    low, high = clip_bounds(graph, node) or (None, None)
+    return high if node.op_type == "Clip" and low == 0 and high is not None and high > 0 else None
 
 
 def _channelwise(graph: Graph, node: onnx.NodeProto) -> bool:

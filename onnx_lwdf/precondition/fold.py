@@ -139,7 +139,8 @@ def _stored(graph: Graph, node: onnx.NodeProto) -> ChannelStatistics | None:
     if parameters is None:
         return None
     gamma, beta, _, variance = parameters
-    return ChannelStatistics(beta, np.abs(gamma) * np.sqrt(variance / (variance + _epsilon(node))))
+    gain = np.abs(gamma)
+    return ChannelStatistics(beta, gain * np.sqrt(variance / (variance + _epsilon(node))), gain)
 
 
 def _check_finite(graph: Graph, layer: Layer) -> None:

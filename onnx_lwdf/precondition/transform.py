@@ -13,6 +13,13 @@ and the error of rounding W depends on the evenness of W A^-1 instead, which M =
 joins the two. Where a Relu stands in between, A must be a positive diagonal: the same with the diagonals of S and G
 (cross-layer equalization: Nagel et al., arXiv 1906.04721). The mean of a linear group moves into the biases.
 
+Behind a Clip(0, c), a channel is multiplied by
+
+    c / min(c, beta + 12 |gamma|)
+
+so that the Clip stands where the channel's own range ends, and all channels fill one grid. This step alone changes the
+float function, by values beyond 12 deviations: one in 20 million of Laplace's distribution.
+
 Each candidate is tried on the samples: activations on the grid of least error, weights by second-order rounding, both
 errors counted at the outputs of the layers that read the group. The identity is always among the candidates.
 """
@@ -37,6 +44,10 @@ from onnx_lwdf.statistics import ChannelStatistics, Statistics
 GEODESIC = (0.0, 0.25, 0.5)
 RIDGE = 1e-3  # of the largest eigenvalue: directions that hardly occur are not stretched without end
 MOST_ROWS = 64  # of a weight, for the prediction
+DEVIATIONS = (
+    12.0  # above its mean that a channel may reach behind a Clip: exp(-sqrt(2) 12) of Laplace's tail lies beyond
+)
+MOST_STRETCHED = 256.0  # a weaker channel has less than one code in 8 bits: it is dead, and stays so
 CLEAR_GAIN = 0.97  # a transform must lower the predicted error by more than the prediction's own noise
 MOST_CHANNELS = 1024  # of a matrix transform: it costs channels^3
 
@@ -48,6 +59,7 @@ class Transform:
     matrix: F64  # [channels, channels]
     inverse: F64
     shift: Mapping[str, F64]  # tensor -> [channels]; empty where no mean is moved
+    ceiling: float | None = None  # where a Clip cuts A t
 
 
 def transform_groups(
@@ -62,7 +74,7 @@ def transform_groups(
     for group in groups:
         if any(plan[layer.name].activation is None for layer in group.consumers):
             continue
-        candidates = [_identity(group), *_candidates(graph, group, samples, rng)]
+        candidates = [_identity(group), *_candidates(graph, group, samples, statistics, rng)]
         errors = [_predicted(graph, group, plan, samples, candidate) for candidate in candidates]
         best = int(np.argmin(errors))
         if best and errors[best] < CLEAR_GAIN * errors[0]:
@@ -75,7 +87,11 @@ def _identity(group: ChannelGroup) -> Transform:
     return Transform(np.eye(group.channels), np.eye(group.channels), {})
 
 
-def _candidates(graph: Graph, group: ChannelGroup, samples: Samples, rng: np.random.Generator) -> list[Transform]:
+def _candidates(
+    graph: Graph, group: ChannelGroup, samples: Samples, statistics: Statistics, rng: np.random.Generator
+) -> list[Transform]:
+    if group.ceiling is not None:
+        return _stretched(group, group.ceiling, samples, statistics.get(group.producers[0].output))
     matrix = group.linear and group.channels <= MOST_CHANNELS and all(layer.groups == 1 for layer in _layers(group))
     shift = _shifts(graph, group, samples) if group.linear else {}
     covariance, sensitivity = _moments(graph, group, samples, shift)
@@ -89,6 +105,22 @@ def _candidates(graph: Graph, group: ChannelGroup, samples: Samples, rng: np.ran
         a = rotation @ (root / np.exp(np.linalg.slogdet(root)[1] / group.channels))
         found.append(Transform(a, np.linalg.inv(a), shift))
     return found
+
+
+def _stretched(
+    group: ChannelGroup, ceiling: float, samples: Samples, known: ChannelStatistics | None
+) -> list[Transform]:
+    """Every channel fills the range up to the Clip's ceiling; what the samples hold is never cut.
+
+    Nothing where BatchNormalization is not stored: samples of rare activations end far below these.
+    """
+    if known is None or known.gamma is None:
+        return []
+    seen = np.max([samples.values[reader.input].max(1) for reader in group.consumers], axis=0)
+    reach = np.maximum(known.mean + DEVIATIONS * known.gamma, seen)
+    alive = reach > ceiling / MOST_STRETCHED
+    factor = ceiling / np.where(alive, np.minimum(reach, ceiling), ceiling)
+    return [Transform(np.diag(factor), np.diag(1 / factor), {}, ceiling)]
 
 
 def _layers(group: ChannelGroup) -> list[Layer]:
@@ -215,7 +247,8 @@ def _transformed_writer(weight: F64, matrix: F64) -> F64:
 
 def _transformed_values(values: np.ndarray, transform: Transform, tensor: str) -> F64:
     shift = transform.shift.get(tensor, np.zeros(len(transform.matrix)))
-    return transform.matrix @ (values.astype(np.float64) - shift[:, None])
+    changed = transform.matrix @ (values.astype(np.float64) - shift[:, None])
+    return changed if transform.ceiling is None else np.minimum(changed, transform.ceiling)
 
 
 def _transformed_moments(moments: Moments, transform: Transform, tensor: str) -> Moments:
@@ -242,12 +275,8 @@ def _transformed_statistics(statistics: Statistics, group: ChannelGroup, transfo
     if np.count_nonzero(transform.matrix) > len(scale):
         return others
     zero = np.zeros(group.channels)
-    return others | {
-        name: ChannelStatistics(
-            scale * (statistics[name].mean - transform.shift.get(name, zero)), scale * statistics[name].deviation
-        )
-        for name in inside
-    }
+    shifts = {name: -scale * transform.shift.get(name, zero) for name in inside}
+    return others | {name: statistics[name].through(scale, shifts[name]) for name in inside}
 
 
 def _apply(graph: Graph, group: ChannelGroup, samples: Samples, transform: Transform) -> Samples:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import numpy as np
+import onnx
 import pytest
 from onnx import numpy_helper
 
@@ -73,9 +74,84 @@ def test_groups_of_a_residual_chain():
     assert not any("y" in group.tensors for group in groups)  # an output keeps its scale
 
 
-def test_clip_ends_a_group():
-    _, _, groups, _, _ = prepared(residual(), 8)
-    assert not any({"c1", "c2"} & set(group.tensors) for group in groups)
+CLIPPED = """
+<ir_version: 8, opset_import: ["" : 17]>
+net (float[N,3,8,8] x) => (float[N,4,4,4] y) {{
+    a = Conv <pads = [1,1,1,1]> (x, w0)
+    b = BatchNormalization (a, g, bb, m, v)
+    c = Clip (b, {low}, six)
+    d = MaxPool <kernel_shape = [2,2], strides = [2,2]> (c)
+    e = Conv <pads = [1,1,1,1], group = 8> (d, w1)
+    y = Conv (e, w2)
+}}
+"""
+
+
+def clipped(low="zero"):
+    """Channels of very different size behind a Clip; those of tiny variance have a large gamma all the same."""
+    rng = np.random.default_rng(5)
+    tensors = {
+        "w0": rng.normal(0, 0.5, (8, 3, 3, 3)),
+        "w1": rng.normal(0, 0.5, (8, 1, 3, 3)),
+        "w2": rng.normal(0, 1, (4, 8, 1, 1)),
+    }
+    tensors |= {
+        "zero": np.array(0.0),
+        "minus": np.array(-1.0),
+        "six": np.array(6.0),
+        "m": np.zeros(8),
+        "v": np.full(8, 3.0),
+    }
+    tensors |= {"g": np.array([0.02, 0.05, -0.1, 0.2, 0.3, 0.4, 1.0, 2.0]), "bb": np.linspace(-0.1, 0.2, 8)}
+    return with_weights(CLIPPED.format(low=low), tensors)
+
+
+def test_a_clip_is_within_a_group_unless_it_or_others_need_the_values_as_they_are():
+    found = {frozenset(group.tensors): group for group in prepared(clipped(), 8)[2]}
+    group = found[frozenset({"b", "c", "d"})]
+    assert group.ceiling == 6
+    assert (group.producers[0].output, group.consumers[0].input, group.linear) == ("b", "d", False)
+    assert not any("c" in group.tensors for group in prepared(clipped(low="minus"), 8)[2])
+    shared = clipped()
+    shared.graph.node.append(onnx.helper.make_node("Sigmoid", ["b"], ["z"]))
+    shared.graph.output.append(onnx.helper.make_tensor_value_info("z", onnx.TensorProto.FLOAT, None))
+    assert not any("c" in group.tensors for group in prepared(shared, 8)[2])
+    _, _, groups, _, _ = prepared(residual(), 8)  # a Relu first, a Clip behind the depthwise layer
+    assert [group.ceiling for group in groups if "c2" in group.tensors] == [6.0]
+
+
+def behind_clip(graph, feeds):
+    model = graph.snapshot()
+    model.graph.output.append(onnx.helper.make_tensor_value_info("c", onnx.TensorProto.FLOAT, None))
+    return answers(model, feeds)[-1]
+
+
+def test_channels_fill_the_range_below_a_clip(monkeypatch):
+    """Below beta + 12 |gamma| nothing changes, above the values are cut there."""
+    monkeypatch.setattr(transform, "CLEAR_GAIN", 1.0)
+    model = clipped()
+    graph, _, groups, plan, seen = prepared(model, 6)
+    statistics = fold(Graph(clipped()))
+    far = {"x": 40 * next(iter(samples(model).values()))}
+    before = [behind_clip(graph, feed) for feed in (samples(model), far)]
+    moved, known = transform.transform_groups(graph, groups, plan, seen, statistics, np.random.default_rng(0))
+    gamma, beta = np.abs([0.02, 0.05, 0.1, 0.2, 0.3, 0.4, 1.0, 2.0]), np.linspace(-0.1, 0.2, 8)
+    reach = np.minimum(6, beta + 12 * gamma)
+    factor = np.where(reach > 6 / 256, 6 / reach, 1.0)[:, None, None]
+    after = [behind_clip(graph, feed) for feed in (samples(model), far)]
+    for old, new in zip(before, after, strict=True):
+        np.testing.assert_allclose(new, np.minimum(factor * old, 6), rtol=1e-5, atol=1e-5)
+    assert (factor * before[1] > 6.001).any()
+    assert not (factor * before[0] > 6.001).any()
+    np.testing.assert_allclose(known["b"].gamma, factor.ravel() * gamma, rtol=1e-6)
+    assert moved.values["d"].max() <= 6
+
+
+def test_a_clip_stays_as_it_is_where_no_batchnormalization_tells_the_range():
+    graph, _, groups, plan, seen = prepared(clipped(), 6)
+    before = behind_clip(graph, samples(clipped()))
+    transform.transform_groups(graph, groups, plan, seen, {}, np.random.default_rng(0))
+    np.testing.assert_array_equal(behind_clip(graph, samples(clipped())), before)
 
 
 @pytest.mark.parametrize("bits", [4, 8])
