@@ -14,6 +14,7 @@ from onnx_lwdf.activations.recovered import recover
 from onnx_lwdf.activations.sampler import draw_chunks, synthesize
 from onnx_lwdf.activations.taps import CHUNK, Feed
 from onnx_lwdf.batch import FixedBatch, fix_batch, free_batch
+from onnx_lwdf.calibration import calibrate
 from onnx_lwdf.channels.prune import Pruned, prune_channels
 from onnx_lwdf.channels.spread import pooled_sources
 from onnx_lwdf.channels.surgery import Mask
@@ -23,7 +24,7 @@ from onnx_lwdf.emit.stored import Rounded, Stored
 from onnx_lwdf.errors import ModelError
 from onnx_lwdf.graph import Graph, node_name
 from onnx_lwdf.layers import Bits, Layer, Pruning, Skipped, find_layers, from_canonical, output_axis, sources, weight_of
-from onnx_lwdf.layerwise import Solved, choose_grids, solve_layers
+from onnx_lwdf.layerwise import Solved, solve_layers
 from onnx_lwdf.model_io import Source, add_provenance, fix_initializers, inline_functions, raise_opset
 from onnx_lwdf.plan import plan_bits
 from onnx_lwdf.precondition.channels import find_groups
@@ -186,7 +187,7 @@ def _solve(source: Source, prepared: Prepared, chunks: Sequence[Feed], config: C
     on_layer(Progress("precondition", "", 1, 1))
 
     pruning = share_budget(graph, layers, prepared.pruning, samples, chunks[0], config)
-    grids = choose_grids(graph, layers, sites, samples, prepared.inputs, config)
+    grids = calibrate(graph, layers, plan, sites, samples, prepared.inputs, chunks[0], config)
     tradeoff: tuple[Point, ...] = ()
     if config.auto_bits:
         plan, tradeoff = choose_bits(graph, layers, plan, pruning, grids, samples, chunks[0], sizes, config, most)

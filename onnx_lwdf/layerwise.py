@@ -1,7 +1,7 @@
 """Layer by layer, independently: from samples of a layer's input to its stored weight and bias.
 
-Activations first: every site gets its grid. Then each layer is one problem in arrays: its weight W and H = E[x x^T] of
-its float inputs. Layers do not wait for each other. The bias takes up the mean error that remains,
+Each layer is one problem in arrays: its weight W and H = E[x x^T] of its float inputs. Layers do not wait for each other.
+The bias takes up the mean error that remains,
 
     b' = b + E[W x] - E[V q(x)],
 
@@ -17,14 +17,12 @@ from dataclasses import dataclass, replace
 import numpy as np
 from threadpoolctl import threadpool_limits
 
-from onnx_lwdf.activations.inputs import InputSpec
 from onnx_lwdf.activations.taps import Moments, Samples
 from onnx_lwdf.config import TARGETS, Config
 from onnx_lwdf.graph import Graph
 from onnx_lwdf.grid import storable
 from onnx_lwdf.layers import Bits, Layer, Pruning, bias_of, weight_of
-from onnx_lwdf.ranges import ActivationGrid, grid_for, search_grid
-from onnx_lwdf.sites import Site
+from onnx_lwdf.ranges import ActivationGrid
 from onnx_lwdf.solvers import SOLVERS
 from onnx_lwdf.solvers.bias import mean_correction
 from onnx_lwdf.solvers.problem import LayerProblem, LayerSolution, float_solution
@@ -65,49 +63,6 @@ class Solved:
                 solution, weight=scale[..., None] * rounding.codes, rounding=replace(rounding, scale=scale)
             )
         return replace(self, solution=changed, bias=factor * self.bias + shift, drift=factor * self.drift)
-
-
-def choose_grids(
-    graph: Graph,
-    layers: Sequence[Layer],
-    sites: Sequence[Site],
-    samples: Samples,
-    inputs: Sequence[InputSpec],
-    config: Config,
-) -> dict[str, ActivationGrid]:
-    """Tensor name -> grid; all tensors of a site share one."""
-    symmetric = TARGETS[config.target].symmetric_activations
-    ranges = {spec.name: spec.normalization.range for spec in inputs if spec.normalization is not None}
-    grids: dict[str, ActivationGrid] = {}
-    for site in sites:
-        if site.tensors[0] in ranges:  # an input may hold any pixel, whatever the samples hold
-            grid = grid_for(*ranges[site.tensors[0]], site.bits, symmetric)
-        else:
-            readers = [layer for layer in layers if layer.input in site.tensors]
-            values, weights = _weighted_values(graph, readers, site, samples)
-            grid = search_grid(values, weights, site.bits, site.low, site.high, symmetric)
-        grids.update(dict.fromkeys(site.tensors, grid))
-    return grids
-
-
-def _weighted_values(graph: Graph, readers: Sequence[Layer], site: Site, samples: Samples) -> tuple[F64, F64]:
-    """Samples of the site's values, weighted by how strongly the layers that read them depend on each channel."""
-    if not readers:
-        values = samples.values[site.tensors[0]].astype(np.float64)
-        return values.ravel(), np.ones(values.size)
-    parts, weights = [], []
-    for layer in readers:
-        values = samples.values[layer.input].astype(np.float64)  # [channels, values]
-        energy = input_energy(layer, weight_of(graph, layer))
-        parts.append(values.ravel())
-        weights.append(np.repeat(energy, values.shape[1]))
-    return np.concatenate(parts), np.concatenate(weights)
-
-
-def input_energy(layer: Layer, weight: F64) -> F64:
-    """[channels]: the squared weights that an error of each input channel meets. weight [groups, out, in]."""
-    energy = (weight**2).sum(1)  # [groups, in]
-    return energy.reshape(energy.shape[0], layer.kernel_size, -1).sum(1).ravel()
 
 
 def solve_layers(

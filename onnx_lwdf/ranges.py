@@ -2,8 +2,8 @@
 
     code = clip(round(x / scale) + zero_point, 0, 2^bits - 1),    stored value = scale (code - zero_point)
 
-The range [low, high] contains 0, which is exactly representable. It is searched on samples for the least weighted
-squared error, rounding and clipping together; min/max ranges waste codes on values that hardly occur.
+The range [low, high] contains 0, which is exactly representable. It is searched on samples for the least weighted sum
+of |error|^power, rounding and clipping together; min/max ranges waste codes on values that hardly occur.
 """
 
 from __future__ import annotations
@@ -66,8 +66,9 @@ def search_grid(
     low: float | None = None,
     high: float | None = None,
     symmetric: bool = False,
+    power: float = 2.0,
 ) -> ActivationGrid:
-    """The grid with the least weighted squared error on samples.
+    """The grid with the least weighted error on samples; the higher the power, the more it minds clipping.
 
     values, weights: [samples]. low, high: bounds that the values cannot leave (a Clip), used where they are tighter.
     """
@@ -77,7 +78,7 @@ def search_grid(
 
     def error(low: float, high: float) -> float:
         difference = grid_for(low, high, bits, symmetric).quantize(values) - values
-        return float(np.dot(weights, difference * difference))
+        return float(np.dot(weights, np.abs(difference) ** power))
 
     best = (error(least, most), least, most)
     for _ in range(ROUNDS):

@@ -18,15 +18,15 @@ import numpy as np
 from threadpoolctl import threadpool_limits
 
 from onnx_lwdf.activations.taps import Feed, Moments, Samples
+from onnx_lwdf.calibration import grid_noise
 from onnx_lwdf.config import BITS, Config
-from onnx_lwdf.emit import file_bytes, qdq, weight_bytes
+from onnx_lwdf.emit import file_bytes, weight_bytes
 from onnx_lwdf.graph import Graph
-from onnx_lwdf.influence import influences, numbers, power_share, relative_error, relative_loss
+from onnx_lwdf.influence import influences, relative_loss
 from onnx_lwdf.knapsack import knapsack
-from onnx_lwdf.layers import Bits, Layer, Pruning, find_layers, set_bias
-from onnx_lwdf.layerwise import Solved, Task, patch_moments, pose, unrounded
+from onnx_lwdf.layers import Bits, Layer, Pruning
+from onnx_lwdf.layerwise import Task, patch_moments, pose
 from onnx_lwdf.ranges import ActivationGrid
-from onnx_lwdf.runtime import open_session, run
 from onnx_lwdf.sites import Site
 from onnx_lwdf.solvers import SOLVERS
 from onnx_lwdf.solvers.problem import channel_loss
@@ -102,8 +102,7 @@ def choose_bits(
     influence = influences(graph, layers, samples.moments, feed)
     if not any(influence.values()):  # no output is a real number, or nothing reaches one
         influence = dict.fromkeys(influence, 1.0)
-    exact = [unrounded(pose(graph, layer, plan[layer.name], Pruning(), grids, samples, config)) for layer in layers]
-    floor, share = _grid_noise(graph, exact, sizes.sites, grids, feed, sizes.signed)
+    floor, share = grid_noise(graph, layers, plan, sizes.sites, grids, samples, feed, config)
     bits = [list(BITS) if plan[layer.name].free else [plan[layer.name].weight or BITS.stop] for layer in layers]
 
     def curve(layer: Layer, row: Sequence[int]) -> list[float]:
@@ -194,28 +193,3 @@ def _error(task: Task, moments: Moments) -> float:
     covariance = patch_moments(task.layer, moments, around_mean=True)[1]
     stored = SOLVERS[task.method].solve(problem).weight
     return relative_loss(float(channel_loss(problem.weight, stored, covariance).sum()), problem.weight, covariance)
-
-
-def _grid_noise(
-    graph: Graph,
-    answers: Sequence[Solved],
-    sites: Sequence[Site],
-    grids: Mapping[str, ActivationGrid],
-    feed: Feed,
-    signed: bool,
-) -> tuple[float, float]:
-    """Noise of the activations' grids alone, in units of the outputs' power around the mean, and the share of that power.
-
-    `answers` hold the float weights, and the biases that take up what the grids add in the mean.
-    """
-    twin = Graph(graph.snapshot())
-    exact = numbers(run(open_session(twin.model, arena=False), feed))
-    biases = {answer.layer.name: answer.stored_bias for answer in answers}
-    for layer in find_layers(twin)[0]:
-        if layer.name in biases:
-            set_bias(twin, layer, biases[layer.name])
-    qdq.activations(twin, sites, grids, signed)
-    twin.commit()
-    # Optimized, onnxruntime would round the float weights between the grids too.
-    session = open_session(twin.model, optimize=False, arena=False)
-    return relative_error(exact, numbers(run(session, feed))), power_share(exact)

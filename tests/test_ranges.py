@@ -51,6 +51,12 @@ def test_search_is_not_worse_than_min_max_and_better_on_heavy_tails(bits):
         assert found < 0.7 * plain
 
 
+def test_a_higher_power_clips_less():
+    values = np.random.default_rng(0).standard_t(3, 50_000)
+    squared, cubed = (search_grid(values, np.ones_like(values), 6, power=power) for power in (2.0, 3.0))
+    assert cubed.scale > 1.1 * squared.scale
+
+
 def test_search_respects_the_bounds_of_the_activation():
     values = np.random.default_rng(0).uniform(0, 6, 10_000)
     grid = search_grid(values, np.ones_like(values), 8, low=0.0, high=6.0)

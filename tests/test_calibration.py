@@ -1,0 +1,72 @@
+"""Every tensor of a site gets the site's grid, and the power of the error is chosen by the noise at the outputs."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from onnx_lwdf import calibration
+from onnx_lwdf.activations.inputs import read_inputs
+from onnx_lwdf.activations.sampler import draw_chunks, synthesize
+from onnx_lwdf.calibration import calibrate, grid_noise
+from onnx_lwdf.config import Config
+from onnx_lwdf.graph import Graph
+from onnx_lwdf.layers import Bits, find_layers
+from onnx_lwdf.precondition.fold import fold
+from onnx_lwdf.ranges import ActivationGrid
+from onnx_lwdf.sites import find_sites
+from tests.nets import residual
+
+
+@pytest.fixture(scope="module")
+def parts():
+    graph = Graph(residual())
+    statistics = fold(graph)
+    layers, _ = find_layers(graph)
+    config = Config(weight_bits=6, activation_bits=6, samples=32)
+    plan = dict.fromkeys((layer.name for layer in layers), Bits(6, 6))
+    sites = find_sites(graph, layers, plan)
+    inputs, _ = read_inputs(graph, config, statistics)
+    chunks = draw_chunks(inputs, config)
+    tensors = [*(layer.input for layer in layers), *(site.tensors[0] for site in sites)]
+    samples = synthesize(graph.model, layers, tensors, statistics, chunks, config)
+    return graph, layers, plan, sites, samples, inputs, chunks[0], config
+
+
+@pytest.mark.parametrize(("second", "taken"), [(0.89, 3.0), (0.91, 2.0), (1.1, 2.0)])
+def test_the_power_is_chosen_by_the_noise(parts, second, taken, monkeypatch):
+    """A wider range for the unbounded tensors where that leaves clearly less noise; the others have one answer."""
+    graph, layers, plan, sites, samples, inputs, feed, config = parts
+    answers = {power: calibration._grids(graph, layers, sites, samples, inputs, config, power) for power in (2.0, 3.0)}
+    noises = iter([(1.0, 1.0), (second, 1.0)])
+    monkeypatch.setattr(calibration, "grid_noise", lambda *_: next(noises))
+    found = calibrate(graph, layers, plan, sites, samples, inputs, feed, config)
+    assert found == answers[taken]
+    assert found.keys() == {tensor for site in sites for tensor in site.tensors}
+    bounded = {tensor for site in sites if site.low is not None for tensor in site.tensors}
+    assert all(answers[2.0][name] == answers[3.0][name] for name in bounded)
+    free = found.keys() - bounded - {spec.name for spec in inputs}
+    assert any(answers[3.0][name].scale > answers[2.0][name].scale for name in free)
+
+
+def test_noise_falls_by_a_factor_of_sixteen_with_steps_of_a_fourth(parts):
+    """Fine grids add noise in proportion to their squared step, and none at all where no tensor is quantized."""
+    graph, layers, plan, sites, samples, _, feed, config = parts
+    seen = {
+        name: (2 * float(values.min()), 2 * float(values.max())) for name, values in samples.values.items()
+    }  # no clipping
+
+    def noise(levels):
+        grids = {}
+        for site in sites:
+            low, high = seen[site.tensors[0]]
+            low = min(low, 0.0)
+            scale = float(np.float32((max(high, 0.0) - low) / levels))
+            grid = ActivationGrid(scale, int(np.rint(-low / scale)), bits=8)
+            grids.update(dict.fromkeys(site.tensors, grid))
+        return grid_noise(graph, layers, plan, sites, grids, samples, feed, config)[0]
+
+    # Steps of four times the size. A few hundred rounding errors make the ratio vary.
+    assert 8 < noise(60) / noise(240) < 32
+    free = {name: Bits(6, None) for name in plan}
+    assert grid_noise(graph, layers, free, [], {}, samples, feed, config)[0] < 1e-9  # float32's rounding
