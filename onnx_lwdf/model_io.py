@@ -7,7 +7,7 @@ import hashlib
 import json
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -18,6 +18,7 @@ from google.protobuf.message import DecodeError
 from onnx import external_data_helper, version_converter
 
 from onnx_lwdf.errors import ModelError
+from onnx_lwdf.precision import FLOAT32, Precision, widen
 from onnx_lwdf.runtime import PROTOBUF_LIMIT_BYTES, copy_of, first_line
 from onnx_lwdf.staging import locked, settle, staging
 
@@ -33,11 +34,12 @@ IR_OF_OPSET: Mapping[int, int] = {9: 4, 11: 6, 13: 7, 18: 8}
 class Source:
     """A model as it was read."""
 
-    model: onnx.ModelProto
+    model: onnx.ModelProto  # in float32, whatever it was
     path: Path | None
     sha256: str  # of the file, or of the serialized ModelProto
     size_bytes: int  # of the file and its external data
     external: bool  # the weights came from other files
+    precision: Precision = FLOAT32  # that it had
 
 
 def tool_version() -> str:
@@ -48,7 +50,7 @@ def tool_version() -> str:
 
 
 def read(source: str | Path | onnx.ModelProto) -> Source:
-    """The model with its external data; ModelError where it is missing, not ONNX, truncated, or our own output."""
+    """The model with its external data, in float32; ModelError where it is missing, not ONNX, truncated, or our own output."""
     if isinstance(source, onnx.ModelProto):
         model = copy_of(source)
         data = model.SerializeToString(deterministic=True)
@@ -61,7 +63,7 @@ def read(source: str | Path | onnx.ModelProto) -> Source:
         onnx.checker.check_model(result.model)
     except Exception as error:  # the checker raises ValidationError, and others on broken attributes
         raise ModelError(f"{result.path or 'the model'}: is not a valid ONNX model: {first_line(error)}") from error
-    return result
+    return replace(result, precision=widen(result.model))
 
 
 def load(path: Path) -> onnx.ModelProto:
