@@ -32,13 +32,14 @@ MOBILENET = Path(__file__).parent.parent / "models" / "fmnist-mbv2-bn.onnx"
 def rounded(values: Array, kind: int) -> Array:
     """float32 values that the type holds. (bfloat16: the upper half of float32.)"""
     if kind == T.BFLOAT16:
-        return (values.view(np.uint32) + 0x8000 & np.uint32(0xFFFF0000)).view(np.float32)
+        upper = np.atleast_1d(values).view(np.uint32) + 0x8000 & np.uint32(0xFFFF0000)
+        return upper.view(np.float32).reshape(values.shape)
     return values.astype(helper.tensor_dtype_to_np_dtype(kind)).astype(np.float32)
 
 
 def proto(values: Array, kind: int, name: str) -> onnx.TensorProto:
     if kind == T.BFLOAT16:
-        upper = (rounded(values, kind).view(np.uint32) >> 16).astype(np.uint16)
+        upper = (np.atleast_1d(rounded(values, kind)).view(np.uint32) >> 16).astype(np.uint16)
         return onnx.TensorProto(data_type=kind, dims=values.shape, raw_data=upper.tobytes(), name=name)
     return numpy_helper.from_array(values.astype(helper.tensor_dtype_to_np_dtype(kind)), name)
 
@@ -182,14 +183,16 @@ def test_no_value_is_lost_in_two_bytes():
 
 
 def test_inner_graphs_and_outputs_that_nothing_makes():
-    """An If that reads the input and a weight from outside, a weight and an input that are outputs. (16384: the bits of 2.)"""
+    """An If that reads the input and a weight from outside, a weight and an input that are outputs."""
     text = """
     <ir_version: 8, opset_import: ["" : 17]>
     net (float16[2,3,8,8] x, bool c) => (float16[2,4,8,8] y, float16[4,3,1,1] v, float16[2,3,8,8] x, float16[2,4,8,8] z) {
         a = Conv (x, w)
         y = Relu (a)
         z = If (c) <then_branch = g () => (float16[2,4,8,8] p) { p = Conv (x, v) },
-                    else_branch = h () => (float16[2,4,8,8] q) { k = Constant <value = float16 {16384}> ()  q = Mul (y, k) }>
+                    else_branch = h () => (float16[2,4,8,8] q) {
+                        d = Constant <value = double {2}> ()  k = Cast <to = 10> (d)  q = Mul (y, k)
+                    }>
     }
     """
     rng = np.random.default_rng(0)
