@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import onnx
+import onnxruntime as ort
 import pytest
 from onnx import helper
 
@@ -311,6 +312,8 @@ def assert_same_answers(source: onnx.ModelProto, model: onnx.ModelProto) -> None
 @pytest.mark.parametrize("activations", [8, "float"])
 @pytest.mark.parametrize("name", TABLE)
 def test_graph(name, activations):
+    if name == "empty tensors" and ort.__version__.startswith("1.19."):
+        pytest.skip("onnxruntime 1.19 divides by the number of channels, and ends the process")
     source, kept = model_of(name), set(TABLE[name][-1])
     options = {} if name == "bytes" else {"input_range": (-4.0, 4.0)}
     result = onnx_lwdf.compress(source, activation_bits=activations, samples=16, jobs=1, **options)
