@@ -188,3 +188,29 @@ def test_more_weights_than_a_protobuf_holds(tmp_path, form):
     one_thread = os.environ | {"OPENBLAS_NUM_THREADS": "1"}  # each takes address space
     done = subprocess.run(command, env=one_thread, capture_output=True, text=True, timeout=60, check=False)
     assert "2 GiB are the most that can be compressed at a time" in done.stderr.splitlines()[-1]
+
+
+PEAK = """
+import sys
+from pathlib import Path
+from onnx_lwdf import inspect
+
+peak = lambda: int(Path("/proc/self/status").read_text().split("VmHWM:")[1].split()[0]) * 1024
+before = peak()
+inspect(sys.argv[1])
+print(peak() - before)
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="the peak is read from /proc")
+def test_memory_of_reading_and_preconditioning(tmp_path):
+    """The model as it came and its float twin, and little beside them."""
+    layers, width = 24, 1024
+    body = " ".join(f"t{i + 1} = MatMul (t{i}, w{i})" for i in range(layers))
+    text = f'<ir_version: 8, opset_import: ["" : 17]> net (float[N,{width}] t0) => (float[N,{width}] t{layers}) {{ {body} }}'
+    rng = np.random.default_rng(0)
+    weights = {f"w{i}": rng.standard_normal((width, width), np.float32) / np.float32(32) for i in range(layers)}
+    onnx.save(with_weights(text, weights), tmp_path / "m.onnx", save_as_external_data=True, location="m.bin")
+    command = [sys.executable, "-c", PEAK, str(tmp_path / "m.onnx")]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=True)
+    assert int(done.stdout) < 3 * 4 * layers * width**2
