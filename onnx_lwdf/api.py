@@ -210,7 +210,7 @@ def inspect(model: str | Path | onnx.ModelProto, config: Config | None = None) -
     config = config or Config()
     source = model_io.read(model)
     prepared = prepare(source.model, config)
-    layers = [_planned(prepared, layer, config) for layer in prepared.layers]
+    layers = [_planned(prepared, layer, config, source.precision.value_bytes) for layer in prepared.layers]
     return _assemble(source, config, prepared, layers, {}, {"path": None, "bytes": None}, prepared.warnings)
 
 
@@ -259,7 +259,7 @@ def _check_gates(result: Result, config: Config) -> None:
 
 
 def _report(source: model_io.Source, config: Config, done: Compressed, output: Mapping[str, object]) -> Report:
-    layers = [_solved(done, answer) for answer in done.solved]
+    layers = [_solved(done, answer, source.precision.value_bytes) for answer in done.solved]
     weak = [
         f"output {name!r} has more error than signal on synthetic inputs ({db:.1f} dB); try it on real ones before you ship it"
         for name, db in done.fidelity.outputs.items()
@@ -279,7 +279,8 @@ def _assemble(
     warnings: tuple[str, ...],
     tradeoff: tuple[Point, ...] = (),
 ) -> Report:
-    kept = [_kept(skipped) for skipped in prepared.skipped]
+    value_bytes = source.precision.value_bytes
+    kept = [_kept(skipped, value_bytes) for skipped in prepared.skipped]
     return Report(
         tool={"name": model_io.TOOL, "version": model_io.tool_version()},
         input={"path": source.path and str(source.path), "sha256": source.sha256, "bytes": source.size_bytes},
@@ -287,13 +288,13 @@ def _assemble(
         options=config.to_dict(),
         layers=(*layers, *kept),
         outputs=outputs,
-        warnings=warnings,
+        warnings=(*filter(None, [source.precision.note]), *warnings),
         tradeoff=tradeoff,
     )
 
 
-def _kept(skipped: Skipped) -> LayerReport:
-    size = 4 * int(np.prod(skipped.shape)) if skipped.shape else 0
+def _kept(skipped: Skipped, value_bytes: int) -> LayerReport:
+    size = value_bytes * int(np.prod(skipped.shape)) if skipped.shape else 0
     return LayerReport(
         name=skipped.name,
         op=skipped.op,
@@ -311,7 +312,7 @@ def _kept(skipped: Skipped) -> LayerReport:
     )
 
 
-def _planned(prepared: Prepared, layer: Layer, config: Config) -> LayerReport:
+def _planned(prepared: Prepared, layer: Layer, config: Config, value_bytes: int) -> LayerReport:
     weight = prepared.graph.constant(layer.weight)
     assert weight is not None, layer.name
     bits, pruning = prepared.plan[layer.name], prepared.pruning[layer.name]
@@ -327,7 +328,7 @@ def _planned(prepared: Prepared, layer: Layer, config: Config) -> LayerReport:
         activation_bits=bits.activation,
         sparsity=pruning.share,
         sqnr_db=None,
-        bytes_before=weight.nbytes,
+        bytes_before=value_bytes * weight.size,
         bytes_after=planned_bytes(
             config.stored_format, config.activations, weight.shape, output_axis(layer), bits.weight
         ),
@@ -340,7 +341,7 @@ def _notes(done: Compressed, answer: Solved) -> tuple[str, ...]:
     return (done.notes.get(name, ""), done.prepared.pruning[name].note, *answer.solution.notes)
 
 
-def _solved(done: Compressed, answer: Solved) -> LayerReport:
+def _solved(done: Compressed, answer: Solved, value_bytes: int) -> LayerReport:
     weight = answer.solution.weight
     return LayerReport(
         name=answer.layer.name,
@@ -354,6 +355,6 @@ def _solved(done: Compressed, answer: Solved) -> LayerReport:
         activation_bits=answer.bits.activation,
         sparsity=float((weight == 0).mean()),
         sqnr_db=done.fidelity.layers.get(answer.layer.name),
-        bytes_before=4 * done.before[answer.layer.name],
+        bytes_before=value_bytes * done.before[answer.layer.name],
         bytes_after=done.sizes[answer.layer.name],
     )

@@ -27,13 +27,14 @@ from onnx_lwdf.layers import Bits, Layer, Pruning, Skipped, find_layers, from_ca
 from onnx_lwdf.layerwise import Solved, solve_layers
 from onnx_lwdf.model_io import Source, add_provenance, fix_initializers, inline_functions, raise_opset
 from onnx_lwdf.plan import plan_bits
+from onnx_lwdf.precision import halve, restore
 from onnx_lwdf.precondition.channels import find_groups
 from onnx_lwdf.precondition.fold import fold
 from onnx_lwdf.precondition.transform import transform_groups
 from onnx_lwdf.pruning import plan_pruning, share_budget
 from onnx_lwdf.ranges import ActivationGrid
 from onnx_lwdf.recalibration import recalibrate
-from onnx_lwdf.runtime import copy_of
+from onnx_lwdf.runtime import copy_of, open_session
 from onnx_lwdf.sites import Site, find_sites, float_tails
 from onnx_lwdf.statistics import Statistics, origin
 from onnx_lwdf.tradeoff import Point, Sizes, choose_bits, expected
@@ -135,9 +136,14 @@ def _compress(source: Source, config: Config, on_layer: OnLayer, spared: Mapping
     graph.commit()
     if prepared.fixed is not None:
         fix_batch(graph, prepared.fixed)
+    if source.precision.value_bytes < 4:
+        halve(graph)
 
     kept = work.kept if config.weight_bits is None else {}
     fidelity = verify(source.model, reference, graph.model, outputs, _verification(prepared, config), kept)
+    if source.precision.interface:
+        restore(graph, source.precision.interface)
+        open_session(graph.model)
     on_layer(Progress("verify", "", 1, 1))
     shapes = {item.layer.name: item.weight.shape for item in stored}
     return Compressed(graph.model, work.prepared, solved, before, shapes, work.notes, sizes, fidelity, work.tradeoff)

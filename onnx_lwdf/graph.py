@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import logging
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -20,6 +20,8 @@ from onnx_graphsurgeon.logger import G_LOGGER
 
 from onnx_lwdf.errors import ModelError
 from onnx_lwdf.runtime import Array, copy_of, first_line, quiet_sessions
+
+LARGE_BYTES = 2**22  # of a value that is read anew from the model each time it is wanted
 
 log = logging.getLogger(__name__)
 
@@ -83,7 +85,8 @@ class Graph:
         value = self._read_constant(tensor)
         if value is not None:
             value.flags.writeable = False
-            self._values[tensor] = value
+            if value.nbytes < LARGE_BYTES:
+                self._values[tensor] = value
         return value
 
     def _read_constant(self, tensor: str) -> Array | None:
@@ -233,8 +236,7 @@ class Graph:
     def snapshot(self) -> onnx.ModelProto:
         """A copy of the model as it is now, edits of initializers included; nodes must not be edited since the last commit."""
         copy = copy_of(self.model)
-        del copy.graph.initializer[:]
-        copy.graph.initializer.extend(self.initializers.values())
+        self._write_initializers(copy.graph, self.initializers)
         return copy
 
     def commit(self) -> None:
@@ -243,20 +245,29 @@ class Graph:
         nodes = _sorted([node for node in self.nodes if id(node) in live])
         protos = [onnx.NodeProto.FromString(node.SerializeToString()) for node in nodes]
         used = {name for node in nodes for name in (*node.input, *_captured(node))} | set(self.outputs)
-        tensors = [
-            onnx.TensorProto.FromString(t.SerializeToString()) for n, t in self.initializers.items() if n in used
-        ]
         graph = self.model.graph
-        del graph.node[:], graph.initializer[:]
+        del graph.node[:]
         graph.node.extend(protos)
-        graph.initializer.extend(tensors)
-        made = {name for node in nodes for name in node.output} | {t.name for t in tensors} | set(self.inputs)
+        tensors = {name: tensor for name, tensor in self.initializers.items() if name in used}
+        self._write_initializers(graph, tensors)
+        made = {name for node in nodes for name in node.output} | set(tensors) | set(self.inputs)
         kept = [info for info in graph.value_info if info.name in made]
         if len(kept) != len(graph.value_info):
             copies = [onnx.ValueInfoProto.FromString(info.SerializeToString()) for info in kept]
             del graph.value_info[:]
             graph.value_info.extend(copies)
         self.__init__(self.model)  # type: ignore[misc]  # the same state, read anew from the written model
+
+    def _write_initializers(self, graph: onnx.GraphProto, tensors: Mapping[str, onnx.TensorProto]) -> None:
+        """Let the model's graph, or a copy of it, hold these. Those that it has stay where they are: protobuf gives memory
+        back when the whole model goes.
+        """
+        held = list(self.model.graph.initializer)
+        for place in reversed(range(len(held))):
+            if tensors.get(held[place].name) is not held[place]:
+                del graph.initializer[place]
+        there = {tensor.name for tensor in graph.initializer}
+        graph.initializer.extend(tensor for name, tensor in tensors.items() if name not in there)
 
     def _live(self) -> set[int]:
         """Ids of the nodes that an output depends on."""
@@ -305,7 +316,7 @@ def _captured(node: onnx.NodeProto) -> set[str]:
 
 def _array(tensor: onnx.TensorProto) -> Array:
     try:
-        return np.array(numpy_helper.to_array(tensor))
+        return np.asarray(numpy_helper.to_array(tensor))
     except Exception as error:  # onnx raises ValueError, TypeError and others on what does not fit together
         raise ModelError(
             f"tensor {tensor.name!r} cannot be read: {first_line(error)}; export the model again"
@@ -342,12 +353,13 @@ def _sorted(nodes: list[onnx.NodeProto]) -> list[onnx.NodeProto]:
 
 
 def _fold(model: onnx.ModelProto) -> dict[str, Array]:
-    """Values of all tensors that depend on constants alone, by onnx-graphsurgeon; empty where it cannot read the model."""
+    """Values of what nodes make of constants alone, by onnx-graphsurgeon; empty where it cannot read the model."""
     G_LOGGER.severity = G_LOGGER.CRITICAL
     try:
         with quiet_sessions():
             folded = gs.import_onnx(model).fold_constants(size_threshold=2**28)
-        return {name: t.values for name, t in folded.tensors().items() if isinstance(t, gs.Constant)}
+        made = {name for node in model.graph.node for name in node.output}
+        return {name: t.values for name, t in folded.tensors().items() if isinstance(t, gs.Constant) and name in made}
     except Exception as error:  # graphsurgeon raises whatever its parts raise
         log.debug("constants behind operators stay unknown: %s", error)
         return {}

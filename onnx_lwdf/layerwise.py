@@ -149,7 +149,7 @@ def patch_moments(layer: Layer, moments: Moments, around_mean: bool) -> tuple[F6
     """
     mean, hessian = moments.mean, moments.covariance
     if not around_mean:
-        hessian = hessian + mean[:, :, None] * mean[:, None, :]
+        hessian += mean[:, :, None] * mean[:, None, :]
     kernel = layer.kernel_size
     if layer.op != "ConvTranspose" or kernel == 1:
         return mean, hessian

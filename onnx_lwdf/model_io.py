@@ -5,9 +5,10 @@ from __future__ import annotations
 import glob
 import hashlib
 import json
+import math
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ from google.protobuf.message import DecodeError
 from onnx import external_data_helper, version_converter
 
 from onnx_lwdf.errors import ModelError
+from onnx_lwdf.precision import FLOAT32, VALUE_BYTES, Precision, widen
 from onnx_lwdf.runtime import PROTOBUF_LIMIT_BYTES, copy_of, first_line
 from onnx_lwdf.staging import locked, settle, staging
 
@@ -33,11 +35,12 @@ IR_OF_OPSET: Mapping[int, int] = {9: 4, 11: 6, 13: 7, 18: 8}
 class Source:
     """A model as it was read."""
 
-    model: onnx.ModelProto
+    model: onnx.ModelProto  # in float32, whatever it was
     path: Path | None
     sha256: str  # of the file, or of the serialized ModelProto
     size_bytes: int  # of the file and its external data
     external: bool  # the weights came from other files
+    precision: Precision = FLOAT32  # that it had
 
 
 def tool_version() -> str:
@@ -48,8 +51,9 @@ def tool_version() -> str:
 
 
 def read(source: str | Path | onnx.ModelProto) -> Source:
-    """The model with its external data; ModelError where it is missing, not ONNX, truncated, or our own output."""
+    """The model with its external data, in float32; ModelError where it is missing, not ONNX, truncated, or our own output."""
     if isinstance(source, onnx.ModelProto):
+        _check_size("the model", source, 0)
         model = copy_of(source)
         data = model.SerializeToString(deterministic=True)
         result = Source(model, None, hashlib.sha256(data).hexdigest(), len(data), external=False)
@@ -58,10 +62,10 @@ def read(source: str | Path | onnx.ModelProto) -> Source:
     if provenance(result.model):
         raise ModelError(f"{result.path or 'the model'}: was already compressed by {TOOL}; give it the original model")
     try:
-        onnx.checker.check_model(result.model)
+        onnx.checker.check_model(result.model if result.path is None else str(result.path))  # a path is not serialized
     except Exception as error:  # the checker raises ValidationError, and others on broken attributes
         raise ModelError(f"{result.path or 'the model'}: is not a valid ONNX model: {first_line(error)}") from error
-    return result
+    return replace(result, precision=widen(result.model))
 
 
 def load(path: Path) -> onnx.ModelProto:
@@ -75,6 +79,7 @@ def _read_file(path: Path) -> Source:
     if path.is_dir():
         raise ModelError(f"{path}: is a folder; give the .onnx file in it")
     try:
+        _check_size(path, onnx.ModelProto(), path.stat().st_size)
         data = path.read_bytes()
     except OSError as error:
         raise ModelError(f"{path}: cannot be read: {error.strerror}") from error
@@ -88,6 +93,7 @@ def _read_file(path: Path) -> Source:
     external = list(_external_files(model))
     for name in external:
         _check_inside(path, name)
+    _check_size(path, model, len(data))
     size = len(data)
     if external:
         try:
@@ -96,6 +102,17 @@ def _read_file(path: Path) -> Source:
         except Exception as error:  # onnx raises its own checker errors beside OSError and ValueError
             raise ModelError(f"{path}: its external data cannot be read: {first_line(error)}") from error
     return Source(model, path, hashlib.sha256(data).hexdigest(), size, bool(external))
+
+
+def _check_size(name: Path | str, model: onnx.ModelProto, size: int) -> None:
+    """ModelError where the weights, in float32, or the file do not fit into one protobuf; nothing else was read so far."""
+    floats = (math.prod(tensor.dims) for tensor in model.graph.initializer if tensor.data_type in VALUE_BYTES)
+    size = max(size, VALUE_BYTES[onnx.TensorProto.FLOAT] * sum(floats))
+    if size > PROTOBUF_LIMIT_BYTES:
+        raise ModelError(
+            f"{name}: has {size / 2**30:.1f} GiB of float32 weights; {PROTOBUF_LIMIT_BYTES / 2**30:.0f} GiB are the most "
+            "that can be compressed at a time; cut the model in two with onnx.utils.extract_model, and give each part"
+        )
 
 
 def _check_inside(path: Path, name: str) -> None:

@@ -33,9 +33,10 @@ class Fidelity:
     def lost(self, sources: Mapping[str, Set[str]]) -> dict[str, float]:
         """The outputs with more error than signal: zeros would be nearer. `sources`: output -> the layers that it comes from.
 
-        Where those are sound, the output is the tail of an activation, such as a score that is nowhere above 1e-6.
+        Where those are sound, the output is the tail of an activation, such as a score that is nowhere above 1e-6. Layers
+        of zeros have no signal to lose: a detector that finds nothing on synthetic images.
         """
-        bad = {name for name, db in self.layers.items() if not db >= 0}
+        bad = {name for name, db in self.layers.items() if not db >= 0 and db != -math.inf}
         return {name: db for name, db in self.outputs.items() if db < 0 and (bad & sources[name] or not sources[name])}
 
     def harmed(self, sources: Mapping[str, Set[str]], least: float) -> list[str]:

@@ -10,6 +10,7 @@ import os
 import numpy as np
 import onnx
 from hypothesis import HealthCheck, given, settings
+from onnx import numpy_helper
 
 import onnx_lwdf
 from onnx_lwdf.compress import prepare
@@ -52,6 +53,30 @@ def decibels(model: onnx.ModelProto, result: onnx.ModelProto) -> float:
     return min((sqnr_db(exact, answer) for exact, answer in pairs if exact.any()), default=np.inf)
 
 
+def noise(model: onnx.ModelProto, other: onnx.ModelProto) -> float:
+    """The worst output's, over its power."""
+    return 10 ** (-decibels(model, other) / 10)
+
+
+def expected_noise(model: onnx.ModelProto) -> float:
+    """The mean noise with the weights of layers moved at random by up to half a step of their channel's 8-bit grid."""
+    rng, axes = np.random.default_rng(0), {"Conv": 0, "ConvTranspose": 1, "Gemm": 1, "MatMul": 1}
+    outputs = {node.input[1]: axes[node.op_type] for node in model.graph.node if node.op_type in axes}
+    noises = []
+    for _ in range(16):
+        moved = onnx.ModelProto()
+        moved.CopyFrom(model)
+        for tensor in moved.graph.initializer:
+            if tensor.name in outputs:
+                value = numpy_helper.to_array(tensor)
+                others = tuple(axis for axis in range(value.ndim) if axis != outputs[tensor.name])
+                step = np.abs(value).max(others, keepdims=True) / 127
+                value = value + rng.uniform(-step / 2, step / 2, value.shape).astype(np.float32)
+                tensor.CopyFrom(numpy_helper.from_array(value, tensor.name))
+        noises.append(noise(model, moved))
+    return float(np.mean(noises))
+
+
 @fuzz
 @given(networks())
 def test_preconditioning_is_exact(model):
@@ -65,13 +90,16 @@ def test_preconditioning_is_exact(model):
 @given(networks())
 def test_weights_of_eight_bits(model):
     """A step of max |w| / 127 makes a noise of step^2 / 12: 37 dB for weights within 6 deviations, 34 where sums cancel to half
-    their power. The noises of layers add up."""
+    their power. The noises of layers add up. Where sums cancel to far less, or a BatchNormalization amplifies what is next
+    to nothing, no more noise than ten times (an error of three deviations) that of weights moved within their steps."""
     layers = sum(node.op_type in LAYERS for node in model.graph.node)
-    assert decibels(model, compressed(model, activation_bits="float")) > 34 - 10 * np.log10(layers)
+    result = compressed(model, activation_bits="float")
+    bound = 34 - 10 * np.log10(layers)
+    assert decibels(model, result) > bound or noise(model, result) < 10 * expected_noise(model)
 
 
 @fuzz
 @given(networks())
 def test_weights_and_activations_of_eight_bits(model):
     """Ranges are from sixteen images; one of another kind may leave them, but no answer is worse than none."""
-    assert decibels(model, compressed(model)) > 0
+    assert decibels(model, compressed(model)) >= 0

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import re
-
 import numpy as np
 import onnx
+import onnxruntime as ort
 import pytest
-from onnx import helper, numpy_helper
+from onnx import helper
 
 import onnx_lwdf
 from onnx_lwdf.errors import ModelError
@@ -313,6 +312,8 @@ def assert_same_answers(source: onnx.ModelProto, model: onnx.ModelProto) -> None
 @pytest.mark.parametrize("activations", [8, "float"])
 @pytest.mark.parametrize("name", TABLE)
 def test_graph(name, activations):
+    if name == "empty tensors" and ort.__version__.startswith("1.19."):
+        pytest.skip("onnxruntime 1.19 divides by the number of channels, and ends the process")
     source, kept = model_of(name), set(TABLE[name][-1])
     options = {} if name == "bytes" else {"input_range": (-4.0, 4.0)}
     result = onnx_lwdf.compress(source, activation_bits=activations, samples=16, jobs=1, **options)
@@ -322,29 +323,10 @@ def test_graph(name, activations):
     assert_same_answers(source, result.model)
 
 
-REFUSED = {
-    "float16": ("float16[N,3,8,8] x", np.float16, "the weight is float16; export the model in float32"),
-    "double": ("double[N,3,8,8] x", np.float64, "the weight is float64; export the model in float32"),
-    "bfloat16": ("bfloat16[N,3,8,8] x", None, "input 'x' is bfloat16"),
-    "string": ("string[N,3,8,8] x", np.float32, "input 'x' is string"),
-}
-
-
-@pytest.mark.parametrize("name", REFUSED)
-def test_other_types_are_refused(name):
-    head, dtype, words = REFUSED[name]
-    output = head.replace("x", "y").replace("3", "4")
-    text = f'<ir_version: 8, opset_import: ["" : 17]> net ({head}) => ({output}) {{ y = Conv (x, w) }}'
-    model = onnx.parser.parse_model(text)
-    values = weight(4, 3, 1, 1)
-    stored = (
-        numpy_helper.from_array(values.astype(dtype), "w")
-        if dtype
-        else helper.make_tensor("w", 16, values.shape, values.ravel())
-    )
-    model.graph.initializer.append(stored)
-    with pytest.raises(ModelError, match=re.escape(words)):
-        onnx_lwdf.compress(model)
+def test_strings_are_refused():
+    text = f'<ir_version: 8, opset_import: ["" : 17]> net {IMAGE.replace("float", "string", 1)} {{ y = Conv (x, w) }}'
+    with pytest.raises(ModelError, match="input 'x' is string"):
+        onnx_lwdf.compress(with_weights(text, {"w": weight(4, 3, 1, 1)}))
 
 
 def test_an_already_quantized_model_is_refused():

@@ -169,3 +169,48 @@ def test_a_tensor_of_an_attribute_is_read_from_the_folder_only(tmp_path):
     (tmp_path / "folder" / "m.onnx").write_bytes(model.SerializeToString())
     with pytest.raises(ModelError, match="is outside of its folder"):
         onnx_lwdf.compress(tmp_path / "folder" / "m.onnx")
+
+
+@pytest.mark.skipif(os.name == "nt", reason="the file is a hole on POSIX systems")
+@pytest.mark.parametrize("form", ["external", "whole"])
+def test_more_weights_than_a_protobuf_holds(tmp_path, form):
+    """Refused before a weight is read: in a process with less memory than they take. The files are holes, and take no disk."""
+    text = '<ir_version: 8, opset_import: ["" : 17]> net (float[N,32768] x) => (float[N,20000] y) { y = MatMul (x, w) }'
+    model, path = onnx.parser.parse_model(text), tmp_path / "m.onnx"
+    weight = model.graph.initializer.add(name="w", data_type=onnx.TensorProto.FLOAT, dims=[32768, 20000])
+    weight.data_location = onnx.TensorProto.EXTERNAL
+    weight.external_data.add(key="location", value="m.bin")
+    path.write_bytes(model.SerializeToString())
+    with (tmp_path / "m.bin" if form == "external" else path).open("ab") as file:
+        file.truncate(4 * 32768 * 20000)
+    limit = f"import resource as r; r.setrlimit(r.RLIMIT_AS, ({2 * GIB}, {2 * GIB}))"
+    command = [sys.executable, "-c", f"{limit}; import onnx_lwdf; onnx_lwdf.compress({str(path)!r})"]
+    one_thread = os.environ | {"OPENBLAS_NUM_THREADS": "1"}  # each takes address space
+    done = subprocess.run(command, env=one_thread, capture_output=True, text=True, timeout=60, check=False)
+    assert "2 GiB are the most that can be compressed at a time" in done.stderr.splitlines()[-1]
+
+
+PEAK = """
+import sys
+from pathlib import Path
+from onnx_lwdf import inspect
+
+peak = lambda: int(Path("/proc/self/status").read_text().split("VmHWM:")[1].split()[0]) * 1024
+before = peak()
+inspect(sys.argv[1])
+print(peak() - before)
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="the peak is read from /proc")
+def test_memory_of_reading_and_preconditioning(tmp_path):
+    """The model as it came and its float twin, and little beside them."""
+    layers, width = 24, 1024
+    body = " ".join(f"t{i + 1} = MatMul (t{i}, w{i})" for i in range(layers))
+    text = f'<ir_version: 8, opset_import: ["" : 17]> net (float[N,{width}] t0) => (float[N,{width}] t{layers}) {{ {body} }}'
+    rng = np.random.default_rng(0)
+    weights = {f"w{i}": rng.standard_normal((width, width), np.float32) / np.float32(32) for i in range(layers)}
+    onnx.save(with_weights(text, weights), tmp_path / "m.onnx", save_as_external_data=True, location="m.bin")
+    command = [sys.executable, "-c", PEAK, str(tmp_path / "m.onnx")]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=True)
+    assert int(done.stdout) < 3 * 4 * layers * width**2

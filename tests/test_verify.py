@@ -142,3 +142,9 @@ def test_boxes_and_scores_are_joined_in_float():
     feeds = samples(source)
     exact, answer = answers(source, feeds)[0], answers(result.model, feeds)[0]
     assert sqnr_db(exact[..., 4:], answer[..., 4:]) > 25
+
+
+def test_an_output_behind_a_layer_of_zeros_is_not_lost():
+    fidelity = Fidelity({"y": -math.inf}, {"dead": -math.inf, "broken": -3.0})
+    assert fidelity.lost({"y": {"dead"}}) == {}
+    assert fidelity.lost({"y": {"dead", "broken"}}) == {"y": -math.inf}

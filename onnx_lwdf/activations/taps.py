@@ -50,11 +50,12 @@ class Moments:
 
         (The intensity of Schaefer and Strimmer, 2005, with chunks of images as the independent draws.)
         """
-        centered = self.hessian - self.mean[:, :, None] * self.mean[:, None, :]
+        centered = self.mean[:, :, None] * self.mean[:, None, :]  # in place from here on: these are the largest arrays
+        np.subtract(self.hessian, centered, out=centered)
         diagonal = np.maximum(np.einsum("gii->gi", centered), 0.0)
-        shrunk = centered * (1 - self.doubt)[:, None, None]
-        np.einsum("gii->gi", shrunk)[...] = diagonal
-        return shrunk
+        centered *= (1 - self.doubt)[:, None, None]
+        np.einsum("gii->gi", centered)[...] = diagonal
+        return centered
 
 
 class _Sums:
@@ -79,9 +80,9 @@ class _Sums:
         self._power += power
 
     def moments(self) -> Moments:
-        chunks = len(self._means)
-        hessian = self._power / chunks
-        return Moments(np.mean(self._means, axis=0), hessian, self._doubt(hessian))
+        """The sums become the moments: nothing can be added any more."""
+        self._power /= len(self._means)
+        return Moments(np.mean(self._means, axis=0), self._power, self._doubt(self._power))
 
     def _doubt(self, hessian: F64) -> F64:
         """[groups]: summed variance of the mean correlations over their summed squares."""
@@ -96,7 +97,9 @@ class _Sums:
     def _covariance(power: F64, means: Sequence[F64]) -> F64:
         """Within chunks of these means, [groups, in, in]."""
         stacked = np.stack(means, axis=1)  # [groups, chunks, in]
-        return power - stacked.swapaxes(1, 2) @ stacked / len(means)
+        covariance = stacked.swapaxes(1, 2) @ stacked
+        covariance /= len(means)
+        return np.subtract(power, covariance, out=covariance)
 
     def _squared(self, covariance: F64) -> F64:
         """[groups]: the sum of the squared correlations off the diagonal; `covariance` is consumed."""
@@ -199,26 +202,27 @@ def _run(
         answers = dict(zip(outputs, run(session, feeds, outputs), strict=True))
         for name, tap in layers.items():
             x = tap.decode(answers.pop(tap.output))  # [groups, in, positions]
-            mean, power = _sums(name, x)
+            mean, power = _moments(name, x)
             if name in sums:
-                sums[name].add(mean / x.shape[-1], power / x.shape[-1])
+                sums[name].add(mean, power)
             else:
-                sums[name] = _Sums(mean / x.shape[-1], power / x.shape[-1])
+                sums[name] = _Sums(mean, power)
         for name, tap in tensors.items():
             values[name].append(tap.decode(answers.pop(tap.output))[0])
     moments = {name: found.moments() for name, found in sums.items()}
     return Samples(moments, {name: np.concatenate(parts, axis=-1) for name, parts in values.items()})
 
 
-def _sums(name: str, x: F32) -> tuple[F64, F64]:
-    """Sums of x and of x x^T over the positions; ModelError where the network's own values overflow."""
+def _moments(name: str, x: F32) -> tuple[F64, F64]:
+    """Means of x and of x x^T over the positions; ModelError where the network's own values overflow."""
     with np.errstate(over="ignore", invalid="ignore"):
         mean, power = x.sum(-1, dtype=np.float64), (x @ x.transpose(0, 2, 1)).astype(np.float64)
     if not np.isfinite(power).all():
         raise ModelError(
             f"layer {name!r}: its input overflows on synthetic inputs; give --input-range, or repair the model"
         )
-    return mean, power
+    power /= x.shape[-1]
+    return mean / x.shape[-1], power
 
 
 def _session(graph: Graph, taps: Sequence[_Tap]) -> ort.InferenceSession:

@@ -33,6 +33,7 @@ def fold(graph: Graph) -> dict[str, ChannelStatistics]:
     Returns the statistics of every tensor that a BatchNormalization puts out, folded or not.
     Raises ModelError where a stored variance is negative or anything stored is not finite.
     """
+    graph.commit()  # a node that leads to no output must not count as a reader
     stored = {node.output[0]: _stored(graph, node) for node in graph.nodes if _is_batchnorm(node)}
     statistics = {name: known for name, known in stored.items() if known is not None}
     for node in graph.nodes:

@@ -98,6 +98,13 @@ def test_a_shared_weight_is_not_changed_for_the_other_reader():
         np.testing.assert_allclose(answer, exact, rtol=ROUNDING, atol=ROUNDING)
 
 
+def test_a_reader_that_leads_nowhere_does_not_count():
+    model = padded()
+    model.graph.node.append(onnx.helper.make_node("Relu", ["c"], ["unused"]))
+    fold(Graph(model))
+    assert [node.op_type for node in model.graph.node] == ["Conv"]
+
+
 def test_batchnorm_read_by_two_keeps_its_function():
     text = """
     <ir_version: 8, opset_import: ["" : 17]>
