@@ -44,6 +44,10 @@ FOLDED = (
     "BatchNormalization was folded into the weights when the model was exported: its statistics are recovered in part, "
     "and the other layers know their inputs from synthetic images alone; export it with BatchNormalization kept"
 )
+UNNORMALIZED = (
+    "the model has no normalization: if the export folded BatchNormalization into the weights, its statistics are lost, "
+    "and layers know their inputs from synthetic images alone; export it with BatchNormalization kept"
+)
 UNSEEN = "{}; so weights alone were rounded, each on its own, and nothing was verified: try the file where it will run"
 TAIL = "joins what different layers put out, and no layer follows: stays float"
 ORIGINS = {"data": "data", "none": "weights-only"}  # source -> the statistics of every layer; else each has its own
@@ -267,7 +271,9 @@ def prepare(model: onnx.ModelProto, config: Config, spared: Mapping[str, str] = 
         layer.name: ORIGINS.get(config.source) or origin(graph, layer.input, statistics, recovered, known)
         for layer in layers
     }
-    warnings = (*filter(None, notes), *warnings, *([FOLDED] if recovered else []))
+    lost = "propagated" in origins.values() and not statistics and not any(map(_normalizes, graph.nodes))
+    folded = FOLDED if recovered else UNNORMALIZED if lost else None
+    warnings = (*filter(None, notes), *warnings, *filter(None, [folded]))
     found = sources(graph, layers)
     return Prepared(
         config=config,
@@ -285,6 +291,11 @@ def prepare(model: onnx.ModelProto, config: Config, spared: Mapping[str, str] = 
         fixed=fixed,
         warnings=warnings,
     )
+
+
+def _normalizes(node: onnx.NodeProto) -> bool:
+    """GroupNormalization and its like: what they put out needs no stored statistics."""
+    return node.op_type.endswith("Normalization")
 
 
 def _unfit(graph: Graph, layer: Layer, name: str) -> Skipped:
