@@ -4,7 +4,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 ENV := .venv/.ready
 
-.PHONY: demo test test-oldest fuzz lint bench bench-methods clean
+.PHONY: demo test test-oldest fuzz lint bench bench-methods bench-networks clean
 
 demo: $(ENV)
 	@mkdir -p build
@@ -39,6 +39,10 @@ bench: $(ENV)
 bench-methods: $(ENV)
 	$(BIN)/python -m pip install --quiet --editable '.[bench]'
 	$(BIN)/python bench/methods.py --out build $(if $(IMAGES),--images $(IMAGES))
+
+# The table of docs/networks.md: make bench-networks NETWORKS=folder IMAGES=folder
+bench-networks: $(ENV)
+	$(BIN)/python bench/networks.py $(NETWORKS) $(IMAGES) --into docs/networks.md
 
 $(ENV): pyproject.toml
 	$(PYTHON) -m venv .venv

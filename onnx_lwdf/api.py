@@ -202,6 +202,10 @@ def compress_with(
     size = done.model.ByteSize() if path is None else model_io.write(done.model, path, external)
     result = Result(done.model, _report(source, config, done, {"path": path and str(path), "bytes": size}))
     _check_gates(result, config)
+    if done.prepared.unseen is not None and config.fail_under is not None:
+        raise Gate(
+            f"nothing could be verified, so nothing tells whether --fail-under {config.fail_under:g} holds", result
+        )
     return result
 
 
@@ -210,7 +214,7 @@ def inspect(model: str | Path | onnx.ModelProto, config: Config | None = None) -
     config = config or Config()
     source = model_io.read(model)
     prepared = prepare(source.model, config)
-    layers = [_planned(prepared, layer, config, source.precision.value_bytes) for layer in prepared.layers]
+    layers = [_planned(prepared, layer, prepared.config, source.precision.value_bytes) for layer in prepared.layers]
     return _assemble(source, config, prepared, layers, {}, {"path": None, "bytes": None}, prepared.warnings)
 
 

@@ -212,8 +212,8 @@ _SOME_BITS = click.IntRange(BITS.start, BITS.stop - 1)
     "--activations-from",
     default="aligned",
     show_default=True,
-    metavar="|".join(key for key, align in SOURCES.items() if align is not None) + "|PATH",
-    help="Where layer inputs come from; a PATH is a folder of images, .npy or .npz.",
+    metavar="|".join(key for key in SOURCES if key != "data") + "|PATH",
+    help="Where layer inputs come from; none: weights alone; a PATH is a folder of images, .npy or .npz.",
 )
 @click.option(
     "--format", default="auto", show_default=True, type=click.Choice(["auto", *FORMATS]), help="How weights are stored."

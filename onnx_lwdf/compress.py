@@ -9,10 +9,11 @@ from types import MappingProxyType
 import numpy as np
 import onnx
 
-from onnx_lwdf.activations.inputs import InputSpec, find_inputs, read_inputs
+from onnx_lwdf.activations.inputs import InputSpec, find_inputs, read_inputs, unfeedable
+from onnx_lwdf.activations.isotropic import isotropic
 from onnx_lwdf.activations.recovered import recover
 from onnx_lwdf.activations.sampler import draw_chunks, synthesize
-from onnx_lwdf.activations.taps import CHUNK, Feed
+from onnx_lwdf.activations.taps import CHUNK, Feed, Samples
 from onnx_lwdf.batch import FixedBatch, fix_batch, free_batch
 from onnx_lwdf.calibration import calibrate
 from onnx_lwdf.channels.prune import Pruned, prune_channels
@@ -34,7 +35,7 @@ from onnx_lwdf.precondition.transform import transform_groups
 from onnx_lwdf.pruning import plan_pruning, share_budget
 from onnx_lwdf.ranges import ActivationGrid
 from onnx_lwdf.recalibration import recalibrate
-from onnx_lwdf.runtime import copy_of, open_session
+from onnx_lwdf.runtime import copy_of, open_session, unloadable
 from onnx_lwdf.sites import Site, find_sites, float_tails
 from onnx_lwdf.statistics import Statistics, origin
 from onnx_lwdf.tradeoff import Point, Sizes, choose_bits, expected
@@ -45,7 +46,14 @@ FOLDED = (
     "BatchNormalization was folded into the weights when the model was exported: its statistics are recovered in part, "
     "and the other layers know their inputs from synthetic images alone; export it with BatchNormalization kept"
 )
+UNNORMALIZED = (
+    "the model has no normalization: if the export folded BatchNormalization into the weights, its statistics are lost, "
+    "and layers know their inputs from synthetic images alone; export it with BatchNormalization kept"
+)
+UNSEEN = "{}; so weights alone were rounded, each on its own, and nothing was verified: try the file where it will run"
 TAIL = "joins what different layers put out, and no layer follows: stays float"
+ORIGINS = {"data": "data", "none": "weights-only"}  # source -> the statistics of every layer; else each has its own
+RUN_TWICE = ("aligned", "data")  # sources whose inputs go through both networks; others draw anew, or nothing
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,6 +73,8 @@ OnLayer = Callable[[Progress], None]
 class Prepared:
     """A model that was read and preconditioned: float still, ready to be compressed."""
 
+    config: Config  # what can be done of what was asked
+    unseen: str | None  # why the model cannot be run
     graph: Graph
     layers: Sequence[Layer]
     skipped: Sequence[Skipped]
@@ -118,14 +128,14 @@ def compress_model(source: Source, config: Config, on_layer: OnLayer) -> Compres
 
 def _compress(source: Source, config: Config, on_layer: OnLayer, spared: Mapping[str, str]) -> Compressed:
     prepared = prepare(source.model, config, spared)
-    graph = prepared.graph
+    graph, config = prepared.graph, prepared.config
     before = {layer.name: weight_of(graph, layer).size for layer in prepared.layers}
     floating, chunks = graph.snapshot(), draw_chunks(prepared.inputs, config)
 
     work = _solve(source, prepared, chunks, config, on_layer)
     reference = floating if config.weight_bits is None else graph.snapshot()
     solved = work.solved
-    if config.recalibrate and config.source != "gaussian":  # whose draws follow no input: nothing can be run twice
+    if config.recalibrate and config.source in RUN_TWICE:
         solved = recalibrate(graph, solved, work.statistics, chunks)
         on_layer(Progress("recalibrate", "", 1, 1))
 
@@ -140,11 +150,14 @@ def _compress(source: Source, config: Config, on_layer: OnLayer, spared: Mapping
         halve(graph)
 
     kept = work.kept if config.weight_bits is None else {}
-    fidelity = verify(source.model, reference, graph.model, outputs, _verification(prepared, config), kept)
+    fidelity = Fidelity({}, {})
+    if prepared.unseen is None:
+        fidelity = verify(source.model, reference, graph.model, outputs, _verification(prepared, config), kept)
+        on_layer(Progress("verify", "", 1, 1))
     if source.precision.interface:
         restore(graph, source.precision.interface)
-        open_session(graph.model)
-    on_layer(Progress("verify", "", 1, 1))
+        if prepared.unseen is None:
+            open_session(graph.model)
     shapes = {item.layer.name: item.weight.shape for item in stored}
     return Compressed(graph.model, work.prepared, solved, before, shapes, work.notes, sizes, fidelity, work.tradeoff)
 
@@ -167,6 +180,9 @@ class _Work:
 def _solve(source: Source, prepared: Prepared, chunks: Sequence[Feed], config: Config, on_layer: OnLayer) -> _Work:
     """Synthesize, precondition by what the samples say, and solve. The samples, the largest data of all, end here."""
     graph, layers = prepared.graph, prepared.layers
+    if config.source == "none":
+        solved = _answers(prepared, prepared.plan, {}, isotropic(graph, layers), config, on_layer)
+        return _Work(prepared, layers, {}, [], {}, solved, {}, {}, ())
     sites, groups = find_sites(graph, layers, prepared.plan), find_groups(graph, layers)
     tensors = [
         *(layer.input for layer in layers),
@@ -198,12 +214,24 @@ def _solve(source: Source, prepared: Prepared, chunks: Sequence[Feed], config: C
     if config.auto_bits:
         plan, tradeoff = choose_bits(graph, layers, plan, pruning, grids, samples, chunks[0], sizes, config, most)
         on_layer(Progress("bits", "", 1, 1))
-    solved: list[Solved] = []
-    for answer in solve_layers(graph, layers, plan, pruning, grids, samples, config):
-        solved.append(answer)
-        on_layer(Progress("solve", answer.layer.name, len(solved), len(layers)))
-    shared = replace(prepared, pruning=pruning)
+    shared = replace(prepared, layers=layers, pruning=pruning)
+    solved = _answers(shared, plan, grids, samples, config, on_layer)
     return _Work(shared, layers, statistics, sites, grids, solved, pruned.kept, pruned.notes, tradeoff)
+
+
+def _answers(
+    prepared: Prepared,
+    plan: Mapping[str, Bits],
+    grids: Mapping[str, ActivationGrid],
+    samples: Samples,
+    config: Config,
+    on_layer: OnLayer,
+) -> list[Solved]:
+    solved: list[Solved] = []
+    for answer in solve_layers(prepared.graph, prepared.layers, plan, prepared.pruning, grids, samples, config):
+        solved.append(answer)
+        on_layer(Progress("solve", answer.layer.name, len(solved), len(prepared.layers)))
+    return solved
 
 
 def _sizes(source: Source, graph: Graph, layers: Sequence[Layer], sites: Sequence[Site], config: Config) -> Sizes:
@@ -218,13 +246,15 @@ def prepare(model: onnx.ModelProto, config: Config, spared: Mapping[str, str] = 
 
     `spared`: layer name -> why it stays float, whatever the options say.
     """
+    unseen = unloadable(model) or unfeedable(model)
+    config = config if unseen is None else config.blind(unseen)
     form = config.stored_format
     opset = oldest_opset(form, config.lowest_weight_bits, config.activations)
     model, note = raise_opset(inline_functions(copy_of(model)), opset, form)
     notes = [note, fix_initializers(model)]
     graph = Graph(model)
     statistics = fold(graph)
-    fixed = free_batch(graph, find_inputs(graph, config))
+    fixed = None if unseen else free_batch(graph, find_inputs(graph, config))
     layers, skipped = find_layers(graph, config.exclude)
     fit = operators(config.activations)
     skipped += [_unfit(graph, layer, form) for layer in layers if layer.op not in fit]
@@ -240,18 +270,22 @@ def prepare(model: onnx.ModelProto, config: Config, spared: Mapping[str, str] = 
     skipped += [_left(graph, layer, pruning[layer.name].note) for layer in idle]
     layers = [layer for layer in layers if layer not in idle]
     skipped += [Skipped(node_name(node), node.op_type, (), TAIL) for node in float_tails(graph, layers, plan)]
-    inputs, warnings = read_inputs(graph, config, statistics)
+    inputs, warnings = read_inputs(graph, config, statistics) if unseen is None else ((), (UNSEEN.format(unseen),))
     known = [spec.name for spec in inputs if spec.inferred]
-    sampled = config.source == "data"
     recovered: Statistics = {}
     if config.source == "aligned":  # independent draws at some tensors only would spoil what stands between them
         recovered = recover(graph, layers, statistics, draw_chunks(inputs, replace(config, samples=CHUNK)))
     origins = {
-        layer.name: "data" if sampled else origin(graph, layer.input, statistics, recovered, known) for layer in layers
+        layer.name: ORIGINS.get(config.source) or origin(graph, layer.input, statistics, recovered, known)
+        for layer in layers
     }
-    warnings = (*filter(None, notes), *warnings, *([FOLDED] if recovered else []))
+    lost = "propagated" in origins.values() and not statistics and not any(map(_normalizes, graph.nodes))
+    folded = FOLDED if recovered else UNNORMALIZED if lost else None
+    warnings = (*filter(None, notes), *warnings, *filter(None, [folded]))
     found = sources(graph, layers)
     return Prepared(
+        config=config,
+        unseen=unseen,
         graph=graph,
         layers=layers,
         skipped=skipped,
@@ -265,6 +299,11 @@ def prepare(model: onnx.ModelProto, config: Config, spared: Mapping[str, str] = 
         fixed=fixed,
         warnings=warnings,
     )
+
+
+def _normalizes(node: onnx.NodeProto) -> bool:
+    """GroupNormalization and its like: what they put out needs no stored statistics."""
+    return node.op_type.endswith("Normalization")
 
 
 def _unfit(graph: Graph, layer: Layer, name: str) -> Skipped:

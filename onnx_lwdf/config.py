@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields, replace
 from typing import Any
 
 from onnx_lwdf.activations.sources import SOURCES
@@ -79,6 +79,11 @@ class Config:
             raise OptionError("bits auto chooses bits of weights; leave out what keeps them float")
         if self.auto_bits and self.max_size is None and self.fail_under is None:
             raise OptionError("bits auto needs an aim; give --max-size or --fail-under")
+        if self.source == "none" and (self.auto_bits or self.channels or self.prunes or self.activation_bits):
+            raise OptionError(
+                "without inputs for its layers a model's weights can be rounded and no more; "
+                "give --activation-bits float, and neither bits auto nor pruning"
+            )
         self._check_pruning()
         self._check_numbers()
         if self.samples < 1:
@@ -182,6 +187,13 @@ class Config:
     def source(self) -> str:
         """The key of SOURCES that `activations_from` means."""
         return self.activations_from if self.activations_from in SOURCES else "data"
+
+    def blind(self, reason: str) -> Config:
+        """What can be done of this with a model that cannot be run; OptionError where that is not enough."""
+        try:
+            return replace(self, activations_from="none", activation_bits=None)
+        except OptionError as error:
+            raise OptionError(f"{reason}; {error}") from error
 
     def to_dict(self) -> dict[str, Any]:
         """Every option that is not at its default, and the bits, for the report and the provenance.

@@ -29,7 +29,7 @@ from onnx_lwdf.solvers.problem import LayerProblem, LayerSolution, float_solutio
 
 F64 = np.ndarray[tuple[int, ...], np.dtype[np.float64]]
 
-AUTO_METHOD, AUTO_PRUNING = "descent", "obs"
+AUTO_METHOD, AUTO_PRUNING, AUTO_BLIND = "descent", "obs", "squant"
 PAIR_LIMIT = 128  # 255 * 128 = 32640 < 32767, the sum of two products in vpmaddubsw
 LARGEST_BIAS = 2.0**30  # codes of an int32 bias, with room for rounding
 
@@ -177,7 +177,7 @@ def method_of(config: Config, bits: Bits, pruned: bool) -> str:
         return ""
     if config.method != "auto":
         return config.method
-    return AUTO_PRUNING if pruned else AUTO_METHOD
+    return AUTO_PRUNING if pruned else AUTO_BLIND if config.source == "none" else AUTO_METHOD
 
 
 def _scale_floor(weight: F64, bias: F64, grid: ActivationGrid | None) -> F64:

@@ -28,7 +28,7 @@ class LayerReport:
     shape: tuple[int, ...]  # of the weight as the model stores it; () where it is not constant
     status: str  # "compressed" or "kept"
     reason: str  # why it was kept, or a note
-    statistics: str  # where its input statistics come from: "bn", "recovered", "propagated", "data", or ""
+    statistics: str  # of its input: "bn", "recovered", "propagated", "weights-only" (none), "data", or ""
     method: str
     weight_bits: int | None
     activation_bits: int | None

@@ -20,6 +20,8 @@ from onnx_lwdf.errors import ModelError
 PROTOBUF_LIMIT_BYTES = 2**31 - 2**20  # a ModelProto above 2 GiB does not serialize
 WARNINGS, ERRORS_ONLY, NOTHING = 2, 3, 4  # onnxruntime's log levels; WARNINGS is its default
 
+STANDARD = ("", "ai.onnx", "ai.onnx.ml")  # domains of ONNX's own operators
+
 Array = npt.NDArray[Any]
 
 
@@ -53,6 +55,17 @@ def open_session(
             return ort.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
     except Exception as error:  # onnxruntime raises many unrelated pybind11 types
         raise ModelError(f"onnxruntime cannot load the model: {first_line(error)}") from error
+
+
+def unloadable(model: onnx.ModelProto) -> str | None:
+    """Why onnxruntime cannot load a model with somebody's own operators; None where it can, or the model has none."""
+    if all(entry.domain in STANDARD for entry in model.opset_import):
+        return None
+    try:
+        open_session(model)
+    except ModelError as error:
+        return str(error)
+    return None
 
 
 def run(session: ort.InferenceSession, feeds: Mapping[str, Array], outputs: Sequence[str] | None = None) -> list[Array]:

@@ -145,10 +145,11 @@ def test_interrupt_leaves_the_old_output(tmp_path):
     assert (tmp_path / "out.onnx").read_bytes() == b"old"
 
 
-def test_an_operator_that_nobody_knows_is_said(folder):
+def test_an_operator_that_onnxruntime_lacks_is_said(folder):
     text = """
-    <ir_version: 8, opset_import: ["" : 17, "their.domain" : 1]>
-    net (float[N,3,8,8] x) => (float[N,3,8,8] y) { a = Conv (x, w)  y = their.domain.Magic (a) }
+    <ir_version: 8, opset_import: ["" : 17]>
+    net (float[N,3,8,8] x) => (float[N,3,8,8] y) { a = Conv (x, w)  y = MaxRoiPool <pooled_shape = [8, 8]> (a, rois) }
     """
-    onnx.save(with_weights(text, {"w": np.ones((3, 3, 1, 1))}), folder / "custom.onnx")
-    assert_refused(folder, 1, "onnxruntime cannot load", "custom.onnx")
+    model = with_weights(text, {"w": np.ones((3, 3, 1, 1)), "rois": np.ones((1, 4))})  # a region has five numbers
+    onnx.save(model, folder / "bad.onnx")
+    assert_refused(folder, 1, "onnxruntime cannot", "bad.onnx")

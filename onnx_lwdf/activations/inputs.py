@@ -30,7 +30,7 @@ from onnx_lwdf.activations.normalization import (
 )
 from onnx_lwdf.activations.recovered import bottlenecks, left_over
 from onnx_lwdf.config import Config
-from onnx_lwdf.errors import ModelError, OptionError
+from onnx_lwdf.errors import OptionError
 from onnx_lwdf.graph import Graph, attribute
 from onnx_lwdf.layers import WEIGHTED, find_layers, input_channels
 from onnx_lwdf.runtime import Array, copy_of, open_session, run
@@ -116,6 +116,17 @@ def find_inputs(graph: Graph, config: Config) -> list[InputSpec]:
     return [replace(spec, rows=_rows_read(graph, spec.name)) for spec in specs]
 
 
+def unfeedable(model: onnx.ModelProto) -> str | None:
+    """Why no values can be made up for an input of the model, None where they can."""
+    weights = {tensor.name for tensor in model.graph.initializer}
+    for info in model.graph.input:
+        kind = info.type.tensor_type.elem_type
+        if info.name not in weights and kind not in DRAWN:
+            word = onnx.TensorProto.DataType.Name(kind).lower() if kind else "no tensor"
+            return f"input {info.name!r} is {word}, for which no values can be made up"
+    return None
+
+
 def _rows_read(graph: Graph, name: str) -> int:
     """How many rows the smallest table has that the input picks from; 0 where it picks from none."""
     rows = []
@@ -140,9 +151,6 @@ def _assumption(spec: InputSpec) -> str:
 def _spec(info: onnx.ValueInfoProto, channels: tuple[int, int] | None, config: Config) -> InputSpec:
     """`channels`: the axis of the input's channels and their number, where a layer reads it."""
     kind = info.type.tensor_type
-    if not info.type.HasField("tensor_type") or kind.elem_type not in DRAWN:
-        word = onnx.TensorProto.DataType.Name(kind.elem_type).lower() if kind.elem_type else "no tensor"
-        raise ModelError(f"input {info.name!r} is {word}, for which no values can be made up; export it without")
     dtype = np.dtype(onnx.helper.tensor_dtype_to_np_dtype(kind.elem_type))
     if kind.HasField("shape") and not kind.shape.dim and info.name not in config.input_shape:
         return InputSpec(info.name, (), 0, dtype, 0, False, False, None, inferred=False)

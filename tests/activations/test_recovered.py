@@ -170,3 +170,23 @@ def test_only_images_are_aligned_to_what_is_recovered(source, recovered):
     prepared = prepare(graph.model, Config(activations_from=source, input_range=(-1.0, 1.0)))
     assert ("recovered" in prepared.origins.values()) == recovered
     assert ("p0" in prepared.statistics) == recovered
+
+
+@pytest.mark.parametrize(
+    ("middle", "words"),
+    [
+        ("b = Relu (a)", "the model has no normalization"),
+        ("c = BatchNormalization (a, g, s, s, g)  b = Relu (c)", ""),
+        ("c = InstanceNormalization (a, g, s)  b = Relu (c)", ""),
+    ],
+)
+def test_what_folding_lost_is_said(middle, words):
+    text = f"""
+    <ir_version: 8, opset_import: ["" : 17]>
+    net (float[N,3,8,8] x) => (float[N,4,6,6] y) {{ a = Conv (x, w)  {middle}  y = Conv (b, v) }}
+    """
+    rng = np.random.default_rng(0)
+    weights = {"w": rng.normal(0, 0.3, (6, 3, 3, 3)), "v": rng.normal(0, 0.3, (4, 6, 1, 1))}
+    model = with_weights(text, {**weights, "g": np.ones(6), "s": np.zeros(6)})
+    warnings = prepare(model, Config(input_range=(-1.0, 1.0))).warnings
+    assert any(words in text for text in warnings) if words else not warnings

@@ -1,0 +1,29 @@
+"""No inputs at all: of a layer's input x nothing is assumed but that every element counts the same,
+
+    E[x] = 0,    H = E[x x^T] = I
+
+so that the error of a weight is its own squared error, and no bias takes anything up.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from onnx_lwdf.activations.taps import Moments, Samples
+from onnx_lwdf.graph import Graph
+from onnx_lwdf.layers import Layer, weight_of
+
+
+def isotropic(graph: Graph, layers: Sequence[Layer]) -> Samples:
+    """Moments for every layer, values of no tensor."""
+    return Samples({layer.name: _moments(graph, layer) for layer in layers}, {})
+
+
+def _moments(graph: Graph, layer: Layer) -> Moments:
+    groups, _, width = weight_of(graph, layer).shape
+    if layer.op == "ConvTranspose":  # whose patches are single positions
+        width //= layer.kernel_size
+    identity = np.broadcast_to(np.eye(width), (groups, width, width))
+    return Moments(np.zeros((groups, width)), identity, np.zeros(groups))
