@@ -17,12 +17,12 @@ from onnx_lwdf.activations.taps import Feed, Samples
 from onnx_lwdf.config import TARGETS, Config
 from onnx_lwdf.emit import qdq
 from onnx_lwdf.graph import Graph
-from onnx_lwdf.influence import numbers, power_share, relative_error
+from onnx_lwdf.influence import TINY, numbers, power_share, relative_error
 from onnx_lwdf.layers import Bits, Layer, Pruning, find_layers, set_bias, weight_of
 from onnx_lwdf.layerwise import pose, unrounded
 from onnx_lwdf.ranges import ActivationGrid, grid_for, search_grid
 from onnx_lwdf.runtime import open_session, run
-from onnx_lwdf.sites import Site
+from onnx_lwdf.sites import Site, behind_activation, clip_bounds
 
 F64 = np.ndarray[tuple[int, ...], np.dtype[np.float64]]
 
@@ -65,8 +65,7 @@ def _grids(
         if site.tensors[0] in ranges:  # an input may hold any pixel, whatever the samples hold
             grid = grid_for(*ranges[site.tensors[0]], site.bits, symmetric)
         else:
-            readers = [layer for layer in layers if layer.input in site.tensors]
-            values, weights = _weighted_values(graph, readers, site, samples)
+            values, weights = _weighted_values(graph, layers, site, samples)
             unbounded = site.low is None and site.high is None
             grid = search_grid(
                 values, weights, site.bits, site.low, site.high, symmetric, power if unbounded else POWERS[0]
@@ -75,18 +74,42 @@ def _grids(
     return grids
 
 
-def _weighted_values(graph: Graph, readers: Sequence[Layer], site: Site, samples: Samples) -> tuple[F64, F64]:
-    """Samples of the site's values, weighted by how strongly the layers that read them depend on each channel."""
+def _weighted_values(graph: Graph, layers: Sequence[Layer], site: Site, samples: Samples) -> tuple[F64, F64]:
+    """Samples of the site's values, weighted by how strongly the network depends on each channel, two layers ahead."""
+    readers = [layer for layer in layers if layer.input in site.tensors]
     if not readers:
         values = samples.values[site.tensors[0]].astype(np.float64)
         return values.ravel(), np.ones(values.size)
     parts, weights = [], []
     for layer in readers:
         values = samples.values[layer.input].astype(np.float64)  # [channels, values]
-        energy = input_energy(layer, weight_of(graph, layer))
+        weight = weight_of(graph, layer)
+        energy = input_energy(layer, weight * np.sqrt(_importance(graph, layers, layer, samples)))
         parts.append(values.ravel())
-        weights.append(np.repeat(energy, values.shape[1]))
+        weights.append(np.repeat(energy if energy.any() else input_energy(layer, weight), values.shape[1]))
     return np.concatenate(parts), np.concatenate(weights)
+
+
+def _importance(graph: Graph, layers: Sequence[Layer], layer: Layer, samples: Samples) -> F64:
+    """[groups, out, 1]: the squared weights that read each output channel, times how often its activation passes a change.
+
+    In units of its mean, so that layers that nothing reads count as the others. A channel's scale, which the transforms
+    choose, has no part in W^2 times this but for that unit: what multiplies a row divides the column behind.
+    """
+    shape = (*weight_of(graph, layer).shape[:2], 1)
+    tensor = behind_activation(graph, layer.output)
+    readers = [other for other in layers if other.input == tensor]
+    if not readers:
+        return np.ones(shape)
+    values = samples.values[tensor]  # [channels, values]
+    passed = np.ones(len(values))
+    if tensor != layer.output:
+        low, high = clip_bounds(graph, graph.producer[tensor]) or (None, None)
+        inside = (values > (-np.inf if low is None else low)) & (values < (np.inf if high is None else high))
+        passed = inside.mean(1, dtype=np.float64)
+    read = np.sum([input_energy(other, weight_of(graph, other)) for other in readers], axis=0)
+    strength = read * passed
+    return np.asarray(strength / max(float(strength.mean()), TINY)).reshape(shape)
 
 
 def input_energy(layer: Layer, weight: F64) -> F64:

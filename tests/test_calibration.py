@@ -11,10 +11,10 @@ from onnx_lwdf.activations.sampler import draw_chunks, synthesize
 from onnx_lwdf.calibration import calibrate, grid_noise
 from onnx_lwdf.config import Config
 from onnx_lwdf.graph import Graph
-from onnx_lwdf.layers import Bits, find_layers
+from onnx_lwdf.layers import Bits, find_layers, set_weight, weight_of
 from onnx_lwdf.precondition.fold import fold
 from onnx_lwdf.ranges import ActivationGrid
-from onnx_lwdf.sites import find_sites
+from onnx_lwdf.sites import behind_activation, find_sites
 from tests.nets import residual
 
 
@@ -70,3 +70,24 @@ def test_noise_falls_by_a_factor_of_sixteen_with_steps_of_a_fourth(parts):
     assert 8 < noise(60) / noise(240) < 32
     free = {name: Bits(6, None) for name in plan}
     assert grid_noise(graph, layers, free, [], {}, samples, feed, config)[0] < 1e-9  # float32's rounding
+
+
+@pytest.mark.parametrize("scaled", ["c2", "a2"])
+def test_importance_knows_no_scale(parts, scaled):
+    """Behind a Relu or Clip a channel's scale is free: rows times f, columns behind divided by f, values times f."""
+    graph, layers, _, _, samples, *_ = parts
+    writer = next(layer for layer in layers if behind_activation(graph, layer.output) == scaled)
+    reader = next(layer for layer in layers if layer.input == scaled)
+    before = weighted(graph, layers, writer, samples)
+    twin = Graph(graph.snapshot())
+    factor = np.geomspace(0.25, 4, len(samples.values[scaled]))
+    twins = {layer.name: layer for layer in find_layers(twin)[0]}
+    set_weight(twin, twins[writer.name], weight_of(graph, writer) * factor.reshape(writer.groups, -1, 1))
+    columns = np.tile(factor.reshape(reader.groups, 1, -1), (1, 1, reader.kernel_size))
+    set_weight(twin, twins[reader.name], weight_of(graph, reader) / columns)
+    after = weighted(twin, list(twins.values()), twins[writer.name], samples)
+    np.testing.assert_allclose(after / after.sum(), before / before.sum(), rtol=1e-5, atol=1e-9)  # float32 weights
+
+
+def weighted(graph, layers, layer, samples):
+    return weight_of(graph, layer) ** 2 * calibration._importance(graph, layers, layer, samples)
