@@ -12,7 +12,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import ModuleType
@@ -23,7 +23,7 @@ import numpy as np
 import onnx
 
 import onnx_lwdf
-from onnx_lwdf import layerwise
+from onnx_lwdf import calibration, layerwise
 from onnx_lwdf.activations.data import load
 from onnx_lwdf.activations.inputs import InputSpec, read_inputs
 from onnx_lwdf.graph import Graph
@@ -50,7 +50,13 @@ class Method:
 
 
 def _observed_range(
-    values: F64, weights: F64, bits: int, low: float | None = None, high: float | None = None, symmetric: bool = False
+    values: F64,
+    weights: F64,
+    bits: int,
+    low: float | None = None,
+    high: float | None = None,
+    symmetric: bool = False,
+    power: float = 2.0,
 ) -> ActivationGrid:
     """The signature of `search_grid`: from the smallest to the largest sample."""
     least, most = float(values.min()), float(values.max())
@@ -67,10 +73,18 @@ def _no_transform(graph: Graph, groups: object, plan: object, samples: Any, stat
     return samples, statistics
 
 
-OBSERVED: Replacement = (layerwise, "search_grid", _observed_range)
+def _not_stretched(group: object, ceiling: float, samples: object, known: object) -> list[transform.Transform]:
+    return []
+
+
+OBSERVED: Replacement = (calibration, "search_grid", _observed_range)
+SQUARED: Replacement = (calibration, "POWERS", (2.0, 2.0))
 UNCORRECTED: Replacement = (layerwise, "mean_correction", _no_correction)
 UNTRANSFORMED: Replacement = (STEPS, "transform_groups", _no_transform)
-EQUALIZED: Replacement = (transform, "MOST_CHANNELS", 0)  # of matrix transforms: diagonals remain
+EQUALIZED: Sequence[Replacement] = (
+    (transform, "MOST_CHANNELS", 0),  # of matrix transforms: diagonals remain
+    (transform, "_stretched", _not_stretched),
+)
 
 METHODS: Mapping[str, Method] = {
     "nearest": Method(
@@ -81,7 +95,7 @@ METHODS: Mapping[str, Method] = {
     "DFQ": Method(
         "equalization, nearest rounding, bias correction; Gaussian draws from the statistics give means and ranges",
         {"method": "rtn", "recalibrate": False, "activations_from": "gaussian"},
-        (OBSERVED, EQUALIZED),
+        (OBSERVED, *EQUALIZED),
     ),
     "SQuant": Method(
         "roundings flipped until the error sums cancel; Gaussian draws give the ranges",
@@ -91,10 +105,18 @@ METHODS: Mapping[str, Method] = {
     "paper": Method(
         "equalization, Gaussian draws as layer inputs, each layer solved on them, ranges of least error, bias correction",
         {"recalibrate": False, "activations_from": "gaussian"},
-        (EQUALIZED,),
+        (SQUARED, *EQUALIZED),
     ),
     "ours": Method("the defaults"),
 }
+
+
+@contextlib.contextmanager
+def replaced(steps: Sequence[Replacement]) -> Iterator[None]:
+    with contextlib.ExitStack() as stack:
+        for module, step, other in steps:
+            stack.enter_context(mock.patch.object(module, step, other))
+        yield
 
 
 @dataclass(frozen=True)
@@ -117,9 +139,7 @@ def measure(source: onnx.ModelProto, samples: np.ndarray, write: Callable[[str],
     rows = []
     for name, method in METHODS.items():
         for weight, activation in WIDTHS:
-            with contextlib.ExitStack() as stack:
-                for module, step, other in method.instead:
-                    stack.enter_context(mock.patch.object(module, step, other))
+            with replaced(method.instead):
                 done = onnx_lwdf.compress(source, weight_bits=weight, activation_bits=activation, **method.options)
             answer = outputs(done.model, samples)
             decibels = 10 * np.log10(float((exact**2).sum()) / float(((exact - answer) ** 2).sum()))
