@@ -253,7 +253,7 @@ def _names_wildcard(graph: Graph, target: str) -> bool | None:
     """Whether a Reshape's target leaves the channels open; None where that is not known."""
     known = graph.constant(target)
     if known is not None:
-        return bool(known.ravel()[CHANNEL_AXIS] == -1)
+        return int(known.ravel()[CHANNEL_AXIS]) in (-1, 0)  # what is left; what the source has
     node = graph.producer.get(target)
     if node is None or node.op_type != "Concat":
         return None

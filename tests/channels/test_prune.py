@@ -154,3 +154,31 @@ def test_rows_that_a_matmul_reads_have_no_channels_on_axis_one():
     result = onnx_lwdf.compress(source, channels=0.3, bits=8, **FAST)
     assert answers(result.model, samples(source))[0].shape == answers(source, samples(source))[0].shape
     assert any(" channels removed" in layer.reason for layer in result.report.layers)
+
+
+def test_a_batch_on_axis_one_stays_open():
+    """Behind a Transpose to sequences the batch stands where channels were: one sample must not become its size."""
+    text = """
+    <ir_version: 8, opset_import: ["" : 17]>
+    net (float[N,3,4,4] x) => (float[P,N,5] y) {
+        a = Conv <pads = [1,1,1,1]> (x, w0)
+        b = Relu (a)
+        c = Conv <kernel_shape = [4,1]> (b, w1)
+        d = Squeeze (c, axis)
+        e = Transpose <perm = [2,0,1]> (d)
+        f = Unsqueeze (e, axis)
+        g = Reshape (f, shape)
+        y = MatMul (g, w2)
+    }
+    """
+    rng = np.random.default_rng(0)
+    tensors = {
+        "w0": rng.normal(0, 0.3, (24, 3, 3, 3)),
+        "w1": rng.normal(0, 0.3, (6, 24, 4, 1)),
+        "w2": rng.normal(0, 0.3, (6, 5)),
+    }
+    tensors |= {"axis": np.array([2], np.int64), "shape": np.array([0, 0, -1], np.int64)}
+    source = with_weights(text, tensors)
+    model = onnx_lwdf.compress(source, channels=0.3, **FAST).model
+    for count in (1, 3):
+        assert answers(model, samples(source, count))[0].shape == (4, count, 5)
