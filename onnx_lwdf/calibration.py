@@ -20,11 +20,9 @@ from onnx_lwdf.graph import Graph
 from onnx_lwdf.influence import TINY, numbers, power_share, relative_error
 from onnx_lwdf.layers import Bits, Layer, Pruning, find_layers, set_bias, weight_of
 from onnx_lwdf.layerwise import pose, unrounded
-from onnx_lwdf.ranges import ActivationGrid, grid_for, search_grid
+from onnx_lwdf.ranges import F64, ActivationGrid, grid_for, search_grid
 from onnx_lwdf.runtime import open_session, run
 from onnx_lwdf.sites import Site, behind_activation, clip_bounds
-
-F64 = np.ndarray[tuple[int, ...], np.dtype[np.float64]]
 
 POWERS = (2.0, 3.0)  # of the error
 CLEAR_GAIN = 0.9  # what the noise of the second must fall to: synthetic images rank smaller differences wrongly
@@ -41,11 +39,14 @@ def calibrate(
     config: Config,
 ) -> dict[str, ActivationGrid]:
     """Tensor name -> grid; all tensors of a site share one. `feed` holds samples of the model's inputs."""
-    found = [_grids(graph, layers, sites, samples, inputs, config, power) for power in POWERS]
-    if all(grids == found[0] for grids in found):
-        return found[0]
-    noises = [grid_noise(graph, layers, plan, sites, grids, samples, feed, config)[0] for grids in found]
-    return found[1] if noises[1] < CLEAR_GAIN * noises[0] else found[0]
+    squared, cubed = POWERS
+    found = _grids(graph, layers, sites, samples, inputs, config, squared)
+    unbounded = [site for site in sites if site.low is None and site.high is None]
+    other = found | _grids(graph, layers, unbounded, samples, inputs, config, cubed)
+    if other == found:
+        return found
+    noises = [grid_noise(graph, layers, plan, sites, grids, samples, feed, config)[0] for grids in (found, other)]
+    return other if noises[1] < CLEAR_GAIN * noises[0] else found
 
 
 def _grids(
@@ -57,7 +58,7 @@ def _grids(
     config: Config,
     power: float,
 ) -> dict[str, ActivationGrid]:
-    """The grids of least error, |error|^power where the values are unbounded and squared elsewhere."""
+    """The grids of the least sum of |error|^power."""
     symmetric = TARGETS[config.target].symmetric_activations
     ranges = {spec.name: spec.normalization.range for spec in inputs if spec.normalization is not None}
     grids: dict[str, ActivationGrid] = {}
@@ -66,10 +67,7 @@ def _grids(
             grid = grid_for(*ranges[site.tensors[0]], site.bits, symmetric)
         else:
             values, weights = _weighted_values(graph, layers, site, samples)
-            unbounded = site.low is None and site.high is None
-            grid = search_grid(
-                values, weights, site.bits, site.low, site.high, symmetric, power if unbounded else POWERS[0]
-            )
+            grid = search_grid(values, weights, site.bits, site.low, site.high, symmetric, power)
         grids.update(dict.fromkeys(site.tensors, grid))
     return grids
 

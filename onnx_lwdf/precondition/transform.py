@@ -45,7 +45,7 @@ GEODESIC = (0.0, 0.25, 0.5)
 RIDGE = 1e-3  # of the largest eigenvalue: directions that hardly occur are not stretched without end
 MOST_ROWS = 64  # of a weight, for the prediction
 DEVIATIONS = (
-    12.0  # above its mean that a channel may reach behind a Clip: exp(-sqrt(2) 12) of Laplace's tail lies beyond
+    12.0  # above its mean that a channel may reach behind a Clip: beyond lies exp(-sqrt(2) 12) of Laplace's tail
 )
 MOST_STRETCHED = 256.0  # a weaker channel has less than one code in 8 bits: it is dead, and stays so
 CLEAR_GAIN = 0.97  # a transform must lower the predicted error by more than the prediction's own noise
