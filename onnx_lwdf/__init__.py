@@ -1,5 +1,6 @@
 """Data-free compression of trained CNNs: ONNX in, smaller and faster ONNX out."""
 
+from onnx_lwdf import interrupt as interrupt  # first: from here on Ctrl-C ends a command that still loads the others
 from onnx_lwdf.api import Gate, Result, check, compress, inspect
 from onnx_lwdf.compress import Progress
 from onnx_lwdf.config import Config

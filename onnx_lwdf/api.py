@@ -11,7 +11,7 @@ import onnx
 from onnx import numpy_helper
 
 from onnx_lwdf import model_io
-from onnx_lwdf.compress import Compressed, OnLayer, Prepared, compress_model, prepare
+from onnx_lwdf.compress import Compressed, OnLayer, Prepared, Progress, compress_model, prepare
 from onnx_lwdf.config import Config
 from onnx_lwdf.emit import planned_bytes, sparse_initializer
 from onnx_lwdf.errors import GateError, OptionError
@@ -199,6 +199,8 @@ def compress_with(
     done = compress_model(source, config, on_layer)
     model_io.add_provenance(done.model, source, config.to_dict())
     external = config.save_as_external_data or source.external
+    if path is not None:
+        on_layer(Progress("write", "", 0, 1))
     size = done.model.ByteSize() if path is None else model_io.write(done.model, path, external)
     result = Result(done.model, _report(source, config, done, {"path": path and str(path), "bytes": size}))
     _check_gates(result, config)

@@ -7,7 +7,7 @@ import math
 import os
 import sys
 import traceback
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -25,11 +25,11 @@ from onnx_lwdf.compress import Progress as Step
 from onnx_lwdf.config import BITS, TARGETS
 from onnx_lwdf.emit import FORMATS
 from onnx_lwdf.errors import LwdfError, OptionError
+from onnx_lwdf.interrupt import INTERRUPTED, noticed
 from onnx_lwdf.model_io import TOOL, tool_version
 from onnx_lwdf.report import COLUMNS, NUMERIC_COLUMNS, Report, printable
 from onnx_lwdf.solvers import SOLVERS
 
-INTERRUPTED = 130
 SIZE_UNITS = {"%": 0.01, "": 1, "B": 1, "KB": 1e3, "MB": 1e6, "GB": 1e9}  # a share of the source, or bytes
 UNLIMITED_WIDTH = 10_000  # of a table that is not shown on a terminal: nothing is cut off or folded
 FOLDED_COLUMNS = ("layer", "note")  # the first to give way on a narrow terminal
@@ -296,7 +296,8 @@ def command(ctx: click.Context, /, models: tuple[Path, ...], check: bool, **opti
         return
     if len(models) != 1:
         raise OptionError(f"{len(models)} models were given; give one, only --check takes several")
-    _compress(models[0], options)
+    with noticed() as interrupts:
+        _compress(models[0], options, interrupts)
 
 
 @dataclass(frozen=True, slots=True)
@@ -319,8 +320,11 @@ class _Showing:
             reports.write(report, path)
 
 
-def _compress(model: Path, options: dict[str, Any]) -> None:
-    """The main job and the dry run; what is left of `options` after ours are the words of `api.configure`."""
+def _compress(model: Path, options: dict[str, Any], interrupts: Callable[[], None]) -> None:
+    """The main job and the dry run; what is left of `options` after ours are the words of `api.configure`.
+
+    `interrupts` raises one that was lost.
+    """
     no_progress, _ = options.pop("no_progress"), options.pop("verbose")
     paths, as_json, quiet = (options.pop(name) for name in ("report_paths", "as_json", "quiet"))
     dry_run, output, force = (options.pop(name) for name in ("dry_run", "output", "force"))
@@ -336,7 +340,12 @@ def _compress(model: Path, options: dict[str, Any]) -> None:
     target = output or model.parent / f"{model.stem}.{config.bits_name}.onnx"
     try:
         with _Bar(showing.progress) as bar:
-            result = api.compress_with(config, model, target, force=force, on_layer=bar.step)
+
+            def step(step: Step) -> None:
+                interrupts()
+                bar.step(step)
+
+            result = api.compress_with(config, model, target, force=force, on_layer=step)
     except api.Gate as gate:
         showing.show(gate.result.report)
         raise

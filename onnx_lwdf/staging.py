@@ -9,8 +9,8 @@ from __future__ import annotations
 import contextlib
 import glob
 import os
+import secrets
 import shutil
-import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -30,8 +30,9 @@ def staging(target: Path) -> Iterator[Path]:
             if free:
                 shutil.rmtree(stray, ignore_errors=True)
     while True:
-        folder = Path(tempfile.mkdtemp(prefix=f".{target.name}{MARK}", dir=target.parent))
-        try:
+        folder = target.with_name(f".{target.name}{MARK}{secrets.token_hex(8)}")
+        try:  # from before there is a folder: an interrupt may come at any moment
+            folder.mkdir(mode=0o700)
             with locked(folder):
                 if folder.exists():  # else another run found it before it was locked
                     yield folder
