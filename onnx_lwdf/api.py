@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -11,7 +11,7 @@ import onnx
 from onnx import numpy_helper
 
 from onnx_lwdf import model_io
-from onnx_lwdf.compress import Compressed, OnLayer, Prepared, Progress, compress_model, prepare
+from onnx_lwdf.compress import Compressed, OnLayer, Prepared, Progress, compress_model, possible, prepare
 from onnx_lwdf.config import Config
 from onnx_lwdf.emit import planned_bytes, sparse_initializer
 from onnx_lwdf.errors import GateError, OptionError
@@ -186,16 +186,22 @@ def configure(
 def compress_with(
     config: Config,
     model: str | Path | onnx.ModelProto,
-    output: str | Path | None,
+    output: str | Path | Callable[[Config], Path] | None,
     *,
     force: bool,
     on_layer: OnLayer,
 ) -> Result:
-    """`compress` for who has a Config."""
-    path = None if output is None else Path(output)
-    if path is not None:
-        model_io.check_target(path, None if isinstance(model, onnx.ModelProto) else Path(model), force)
+    """`compress` for who has a Config. `output` may be a name that depends on what of it can be done with the model."""
+
+    def checked(target: str | Path | None) -> Path | None:
+        if target is not None:
+            model_io.check_target(Path(target), None if isinstance(model, onnx.ModelProto) else Path(model), force)
+        return None if target is None else Path(target)
+
+    path = None if callable(output) else checked(output)  # before a large model is read
     source = model_io.read(model)
+    if callable(output):
+        path = checked(output(possible(source.model, config)[0]))
     done = compress_model(source, config, on_layer)
     model_io.add_provenance(done.model, source, config.to_dict())
     external = config.save_as_external_data or source.external

@@ -22,7 +22,7 @@ from onnx_lwdf import api
 from onnx_lwdf import report as reports
 from onnx_lwdf.activations.sources import SOURCES
 from onnx_lwdf.compress import Progress as Step
-from onnx_lwdf.config import BITS, TARGETS
+from onnx_lwdf.config import BITS, TARGETS, Config
 from onnx_lwdf.emit import FORMATS
 from onnx_lwdf.errors import LwdfError, OptionError
 from onnx_lwdf.interrupt import INTERRUPTED, noticed
@@ -337,7 +337,10 @@ def _compress(model: Path, options: dict[str, Any], interrupts: Callable[[], Non
     if dry_run:
         showing.show(api.inspect(model, config))
         return
-    target = output or model.parent / f"{model.stem}.{config.bits_name}.onnx"
+
+    def beside(done: Config) -> Path:
+        return model.parent / f"{model.stem}.{done.bits_name}.onnx"
+
     try:
         with _Bar(showing.progress) as bar:
 
@@ -345,7 +348,7 @@ def _compress(model: Path, options: dict[str, Any], interrupts: Callable[[], Non
                 interrupts()
                 bar.step(step)
 
-            result = api.compress_with(config, model, target, force=force, on_layer=step)
+            result = api.compress_with(config, model, output or beside, force=force, on_layer=step)
     except api.Gate as gate:
         showing.show(gate.result.report)
         raise

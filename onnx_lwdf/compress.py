@@ -246,8 +246,7 @@ def prepare(model: onnx.ModelProto, config: Config, spared: Mapping[str, str] = 
 
     `spared`: layer name -> why it stays float, whatever the options say.
     """
-    unseen = unloadable(model) or unfeedable(model)
-    config = config if unseen is None else config.blind(unseen)
+    config, unseen = possible(model, config)
     form = config.stored_format
     opset = oldest_opset(form, config.lowest_weight_bits, config.activations)
     model, note = raise_opset(inline_functions(copy_of(model)), opset, form)
@@ -299,6 +298,12 @@ def prepare(model: onnx.ModelProto, config: Config, spared: Mapping[str, str] = 
         fixed=fixed,
         warnings=warnings,
     )
+
+
+def possible(model: onnx.ModelProto, config: Config) -> tuple[Config, str | None]:
+    """What can be done of what was asked, and why the model cannot be run where that is less."""
+    unseen = unloadable(model) or unfeedable(model)
+    return (config if unseen is None else config.blind(unseen)), unseen
 
 
 def _normalizes(node: onnx.NodeProto) -> bool:

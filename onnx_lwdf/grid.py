@@ -17,7 +17,7 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from onnx_lwdf.solvers.problem import F64
+from onnx_lwdf.solvers.problem import F64, Mask
 
 COARSE_STEPS, FINE_STEPS = 24, 8
 # The share of the weights' span at which the best grid may end: fewer codes pay to be spent on the bulk.
@@ -26,9 +26,11 @@ LARGEST_SHARE = 1.06
 # Where a grid that is narrower than the weights' span lies in it: at the smallest weight, in the middle, at the largest.
 PLACES = (0.0, 0.5, 1.0)
 MOST_ASYMMETRIC_BITS = 6  # two such codes of any sign add up to 126 at most, within the pair limit of 128
-# A weight with less than this share of its channel's energy has no say in the range: clipping it costs nothing. A dead
-# input may carry any weight, and at 8 bits one outlier there would cost every other weight its precision.
+# A weight with less than this share of its channel's energy met nothing in the samples that would show what it does.
 NEGLIGIBLE = 1e-8
+# There its input counts this share of a typical one: samples are a thousand and more, and may miss what is rarer. So a large
+# weight at an input that looks dead is clipped only where covering it would cost the other weights more than that.
+UNSEEN = 1e-3
 TINY = float(np.finfo(np.float32).tiny)
 
 
@@ -90,8 +92,26 @@ def search_weight_grid(weight: F64, importance: F64, bits: int, pair_limit: int 
     weight [groups, out, in]; importance [groups, in], of an error of each weight (the diagonal of H); the scale is not
     below scale_floor [groups, out]. The error is that of the codes after range and pair limit.
     """
-    importance = np.where(importance.any(axis=1, keepdims=True), importance, 1.0)  # all dead: all alike
-    smallest, largest = _span(weight, importance)  # [groups, out]
+    importance = np.where(importance.any(axis=1, keepdims=True), importance, 1.0)[:, None, :]  # all dead: all alike
+    energy = weight * weight * importance
+    shown = energy > NEGLIGIBLE * energy.sum(-1, keepdims=True)
+    typical = np.nanmedian(np.where(importance > 0, importance, np.nan), axis=2, keepdims=True)
+    importance = np.where(shown, importance, np.maximum(importance, UNSEEN * typical))
+    grids = [_search(weight, importance, bits, pair_limit, scale_floor, span) for span in _spans(weight, shown)]
+    return grids[0] if len(grids) == 1 else _best(weight, importance, pair_limit, grids)
+
+
+def _spans(weight: F64, shown: Mask) -> list[tuple[F64, F64]]:
+    """The smallest and the largest weight, or 0, [groups, out] each: of all, and of those shown where that differs."""
+    spans = [(weight.min(-1, initial=0.0, where=w), weight.max(-1, initial=0.0, where=w)) for w in (True, shown)]
+    return spans[: 1 if all(map(np.array_equal, *spans)) else 2]
+
+
+def _search(
+    weight: F64, importance: F64, bits: int, pair_limit: int | None, scale_floor: F64, span: tuple[F64, F64]
+) -> WeightGrid:
+    """The same, importance [groups, out, in], among the grids about a span of weights."""
+    smallest, largest = span
     moves = bits <= MOST_ASYMMETRIC_BITS and pair_limit is None
     middle = symmetric(scale_floor, bits)
     plain = np.maximum(largest, -smallest) / middle.high
@@ -116,14 +136,6 @@ def search_weight_grid(weight: F64, importance: F64, bits: int, pair_limit: int 
     return _best(weight, importance, pair_limit, [best, *fine])
 
 
-def _span(weight: F64, importance: F64) -> tuple[F64, F64]:
-    """The smallest and the largest weight that count, or 0, [groups, out]."""
-    energy = weight * weight * importance[:, None, :]
-    total = energy.sum(-1, keepdims=True)
-    counts = (energy > NEGLIGIBLE * total) | (total <= 0)
-    return weight.min(-1, initial=0.0, where=counts), weight.max(-1, initial=0.0, where=counts)
-
-
 def storable(scale: F64, scale_floor: F64) -> F64:
     """The scale as float32 stores it, not below the floor; 1 where a channel of zeros has none."""
     floored = np.maximum(scale, scale_floor)
@@ -137,7 +149,7 @@ def _best(weight: F64, importance: F64, pair_limit: int | None, grids: Iterable[
     best, least = None, np.full(weight.shape[:2], np.inf)
     for grid in grids:
         difference = nearest(weight, grid, pair_limit) * grid.scale[..., None] - weight
-        error = np.einsum("goi,gi->go", difference * difference, importance)
+        error = np.einsum("goi,goi->go", difference * difference, importance)
         better = error < least
         least = np.where(better, error, least)
         best = grid if best is None else choose(better, grid, best)

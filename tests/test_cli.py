@@ -71,8 +71,9 @@ class Calls:
     failure: BaseException | None = None
     problems: dict[str, tuple[str, ...]] = field(default_factory=dict)
 
-    def compress(self, config: Config, model: Path, output: Path, *, force: bool, on_layer: Any) -> api.Result:
-        self.config, self.model, self.output, self.force = config, model, output, force
+    def compress(self, config: Config, model: Path, output: Any, *, force: bool, on_layer: Any) -> api.Result:
+        self.config, self.model, self.force = config, model, force
+        self.output = output(config) if callable(output) else output
         on_layer(Progress("solve", "/stem/Conv", 1, 3))
         if self.failure is not None:
             raise self.failure

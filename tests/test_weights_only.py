@@ -1,6 +1,10 @@
 """Models of which nothing can be run: weights alone are rounded, and nothing is claimed. onnx.reference is the oracle."""
 
+import subprocess
+import sys
+
 import numpy as np
+import onnx
 import pytest
 from onnx.reference import ReferenceEvaluator
 from onnx.reference.op_run import OpRun
@@ -75,6 +79,16 @@ def test_the_dry_run_says_the_same():
         (layer.name, layer.bits, layer.bytes_after) for layer in done.layers
     ]
     assert planned.warnings == done.warnings
+
+
+def test_the_file_is_named_by_what_was_done(tmp_path):
+    onnx.save(foreign(), tmp_path / "m.onnx")
+    command = [sys.executable, "-m", "onnx_lwdf", "m.onnx", "-q"]
+    for code in (0, 1):  # the second time it is there
+        done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
+        assert done.returncode == code
+        assert sorted(path.name for path in tmp_path.iterdir()) == ["m.onnx", "m.w8.onnx"]
+    assert "error: m.w8.onnx: exists; give --force" in done.stderr
 
 
 def test_a_model_with_an_input_of_words():
