@@ -7,9 +7,13 @@ from html import escape
 
 WIDTH, HEIGHT, MARGIN = 640, 360, 50  # of the picture, in pixels
 STYLE = (
-    "body{font:14px sans-serif;margin:2em;max-width:90em}table{border-collapse:collapse;margin:1em 0}"
-    "td,th{border:1px solid #ccc;padding:2px 8px;text-align:left}svg text{font:12px sans-serif}"
+    ":root{color-scheme:light dark}body{font:14px sans-serif;margin:2em;max-width:90em}p{overflow-wrap:anywhere}"
+    "div{overflow-x:auto}table{border-collapse:collapse;margin:1em 0;font-variant-numeric:tabular-nums}"
+    "td,th{border:1px solid #8886;padding:2px 8px;text-align:left;white-space:nowrap}td:last-child{white-space:normal}"
+    "td:nth-child(n+5):last-child{min-width:16em}"  # the notes
+    "svg{max-width:100%;height:auto}svg text{font:12px sans-serif;fill:currentColor}"
 )
+VIEW = '<meta name="viewport" content="width=device-width"/>'  # a phone shows it at reading size
 
 Table = tuple[Sequence[str], Sequence[tuple[str, ...]]]  # column names, rows
 
@@ -22,7 +26,7 @@ def html(
     if points:
         body += [_picture(points), _table(tradeoff)]
     body.append(_table(layers))
-    head = f'<meta charset="utf-8"><title>{escape(title)}</title><style>{STYLE}</style>'
+    head = f'<meta charset="utf-8">{VIEW}<title>{escape(title)}</title><style>{STYLE}</style>'
     return "\n".join(["<!DOCTYPE html>", f'<html lang="en"><head>{head}</head><body>', *body, "</body></html>", ""])
 
 
@@ -30,7 +34,7 @@ def _table(table: Table) -> str:
     columns, rows = table
     lines = ["".join(f"<th>{escape(name)}</th>" for name in columns)]
     lines += ["".join(f"<td>{escape(cell)}</td>" for cell in row) for row in rows]
-    return "<table>\n" + "".join(f"<tr>{line}</tr>\n" for line in lines) + "</table>"
+    return "<div><table>\n" + "".join(f"<tr>{line}</tr>\n" for line in lines) + "</table></div>"
 
 
 def _picture(points: Sequence[tuple[int, float, bool]]) -> str:
@@ -40,12 +44,13 @@ def _picture(points: Sequence[tuple[int, float, bool]]) -> str:
     places = list(zip(across, up, strict=True))
     line = " ".join(f"{x:.1f},{y:.1f}" for x, y in places)
     parts = [
-        f'<svg width="{WIDTH}" height="{HEIGHT}" role="img" aria-label="predicted dB over file size">',
-        f'<polyline points="{line}" fill="none" stroke="#36c"/>',
+        f'<svg width="{WIDTH}" height="{HEIGHT}" viewBox="0 0 {WIDTH} {HEIGHT}" role="img" ',
+        'aria-label="predicted dB over file size">',
+        f'<polyline points="{line}" fill="none" stroke="#47d"/>',
     ]
     for (x, y), (size, decibels, chosen) in zip(places, points, strict=True):
         label = f"<title>{size:,} bytes, {decibels:.2f} dB</title>"
-        radius, colour = (7, "#c33") if chosen else (3, "#36c")
+        radius, colour = (7, "#d44") if chosen else (3, "#47d")
         parts.append(f'<circle cx="{x:.1f}" cy="{y:.1f}" r="{radius}" fill="{colour}">{label}</circle>')
     sizes, heights = [size for size, _, _ in points], [decibels for _, decibels, _ in points]
     base = HEIGHT - MARGIN / 2

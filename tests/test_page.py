@@ -46,3 +46,12 @@ def test_no_picture_without_points_and_one_point_in_the_middle() -> None:
     assert "<svg" not in html("t", [], LAYERS, TRADEOFF, [])
     (circle,) = parsed(html("t", [], LAYERS, TRADEOFF, [(100, 5.0, True)])).iter("circle")
     assert (float(circle.attrib["cx"]), float(circle.attrib["cy"])) == (320, 180)
+
+
+def test_it_fits_dark_and_narrow_windows() -> None:
+    """Colours of the text are the browser's own, the picture shrinks, tables scroll by themselves."""
+    page = html("t", [], LAYERS, TRADEOFF, [(100, 5.0, True)])
+    (picture,) = parsed(page).iter("svg")
+    assert "color-scheme:light dark" in page
+    assert picture.attrib["viewBox"] == f"0 0 {picture.attrib['width']} {picture.attrib['height']}"
+    assert [child.tag for box in parsed(page).iter("div") for child in box] == ["table", "table"]
