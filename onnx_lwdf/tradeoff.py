@@ -10,7 +10,7 @@ measured once. The bits are the exact solution of a knapsack: least noise within
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 
@@ -33,6 +33,7 @@ from onnx_lwdf.solvers.problem import channel_loss
 
 MOST_ROWS = 64  # output channels of a layer, for its curve
 FRONT = 12  # points of the trade-off that are reported
+NEARLY = {"descent": "gptq"}  # where descent begins: a fourth of the time, and layers and bits compare the same
 MIDDLE = 5  # bits that the preconditioning expects where no size says how many there will be
 
 LEAST_NOISE = 1e-30  # that a number of decibels is given for
@@ -106,11 +107,10 @@ def choose_bits(
     bits = [list(BITS) if plan[layer.name].free else [plan[layer.name].weight or BITS.stop] for layer in layers]
 
     def curve(layer: Layer, row: Sequence[int]) -> list[float]:
-        tasks = (
-            pose(graph, layer, replace(plan[layer.name], weight=b), pruning[layer.name], grids, samples, config)
-            for b in row
+        task = pose(
+            graph, layer, replace(plan[layer.name], weight=max(row)), pruning[layer.name], grids, samples, config
         )
-        return [influence[layer.name] * _error(task, samples.moments[layer.name]) for task in tasks]
+        return [influence[layer.name] * error for error in _errors(task, row, samples.moments[layer.name])]
 
     with threadpool_limits(limits=1), ThreadPoolExecutor(config.jobs) as pool:
         noises = list(pool.map(curve, layers, bits))
@@ -135,20 +135,22 @@ class _Choices:
         self._plan, self._sizes, self._bits, self._noises = plan, sizes, bits, noises
         self._floor, self._share = floor, share
         self._widths = [[sizes.of_weight(layer, b) for b in row] for layer, row in zip(sizes.layers, bits, strict=True)]
+        self._rest: dict[frozenset[int], int] = {}  # bits that there are -> bytes beside the codes
 
     def plan_of(self, chosen: Sequence[int]) -> Plan:
         layers = zip(self._sizes.layers, self._bits, chosen, strict=True)
         return {**self._plan, **{of.name: replace(self._plan[of.name], weight=row[i]) for of, row, i in layers}}
 
     def within(self, most: int) -> list[int]:
-        """The least noise whose file fits; the smallest file where none does.
+        """The least noise whose file fits; the smallest file where none does."""
+        return self._within(most, self._size)
 
-        Files also hold constants that layers share, so that sizes do not quite add up: what is over comes off the limit.
-        """
+    def _within(self, most: int, size: Callable[[Sequence[int]], int]) -> list[int]:
+        """Files also hold constants that layers share, so that sizes do not quite add up: what is over comes off the limit."""
         smallest = _least(self._widths, self._noises)
-        limit = _total(self._widths, smallest) + most - self._size(smallest)
+        limit = int(_total(self._widths, smallest)) + most - self._about(smallest)
         while (found := knapsack(self._noises, self._widths, limit)) is not None:
-            over = self._size(found) - most
+            over = size(found) - most
             if over <= 0:
                 return found
             limit -= over
@@ -161,9 +163,10 @@ class _Choices:
 
     def front(self, answer: Sequence[int]) -> tuple[Point, ...]:
         """The best files between the smallest and the best of all, and the answer, sizes rising."""
-        ends = [self._size(_least(*tables)) for tables in ((self._widths, self._noises), (self._noises, self._widths))]
-        points = [self._point(self.within(round(most)), False) for most in np.linspace(ends[0], ends[1], FRONT)]
-        points.append(self._point(answer, True))
+        ends = [self._about(_least(*tables)) for tables in ((self._widths, self._noises), (self._noises, self._widths))]
+        around = [self._within(round(most), self._about) for most in np.linspace(ends[0], ends[1], FRONT)]
+        points = [*(self._point(chosen, self._about(chosen), False) for chosen in around)]
+        points.append(self._point(answer, self._size(answer), True))
         kept: list[Point] = []
         for point in sorted(points, key=lambda point: (point.bytes, -point.predicted_db, not point.chosen)):
             if point.chosen or not kept or point.predicted_db > kept[-1].predicted_db:
@@ -173,9 +176,17 @@ class _Choices:
     def _size(self, chosen: Sequence[int]) -> int:
         return self._sizes.of_file(self.plan_of(chosen))
 
-    def _point(self, chosen: Sequence[int], answer: bool) -> Point:
+    def _about(self, chosen: Sequence[int]) -> int:
+        """The size to a few hundred bytes: what layers share is measured once for each set of bits."""
+        there = frozenset(row[index] for row, index in zip(self._bits, chosen, strict=True))
+        codes = int(_total(self._widths, chosen))
+        if there not in self._rest:
+            self._rest[there] = self._size(chosen) - codes
+        return self._rest[there] + codes
+
+    def _point(self, chosen: Sequence[int], size: int, answer: bool) -> Point:
         noise = self._share * (self._floor + _total(self._noises, chosen))
-        return Point(self._size(chosen), -10 * math.log10(max(noise, LEAST_NOISE)), answer)
+        return Point(size, -10 * math.log10(max(noise, LEAST_NOISE)), answer)
 
 
 def _least(table: Sequence[Sequence[float]], then: Sequence[Sequence[float]]) -> list[int]:
@@ -187,9 +198,15 @@ def _total(table: Sequence[Sequence[float]], chosen: Sequence[int]) -> float:
     return sum(row[index] for row, index in zip(table, chosen, strict=True))
 
 
-def _error(task: Task, moments: Moments) -> float:
-    """The relative error of the layer's output, its mean corrected, with the weight that the task's method finds."""
-    problem = task.problem.thinned(MOST_ROWS)
+def _errors(task: Task, row: Sequence[int], moments: Moments) -> list[float]:
+    """The relative errors of the layer's output, its mean corrected, with the weights that the task's method finds, or nearly.
+
+    row: bits, the task's own the most of them. Only there can sums of codes saturate: fewer bits need no pair limit.
+    """
+    most = task.problem.thinned(MOST_ROWS)
     covariance = patch_moments(task.layer, moments, around_mean=True)[1]
-    stored = SOLVERS[task.method].solve(problem).weight
-    return relative_loss(float(channel_loss(problem.weight, stored, covariance).sum()), problem.weight, covariance)
+    problems = [most if bits == most.bits else replace(most, bits=bits, pair_limit=None) for bits in row]
+    solve = SOLVERS[NEARLY.get(task.method, task.method)].solve
+    stored = (solve(problem).weight for problem in problems)
+    losses = (float(channel_loss(most.weight, weight, covariance).sum()) for weight in stored)
+    return [relative_loss(loss, most.weight, covariance) for loss in losses]
