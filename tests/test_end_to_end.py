@@ -202,3 +202,21 @@ def test_gate(tmp_path):
 def test_wrong_options(option, value):
     with pytest.raises(OptionError):
         onnx_lwdf.compress(residual(), **{option: value})
+
+
+def test_a_large_weight_at_an_input_that_no_sample_showed_is_kept():
+    """Channel 3 fires beyond 4.5 only, where no synthetic input goes. Clipped to its neighbours' range it left 6.7 dB here."""
+    text = """
+    <ir_version: 8, opset_import: ["" : 17]>
+    net (float[N,4,8,8] x) => (float[N,4,8,8] y) { a = Conv (x, w0, b0)  b = Relu (a)  y = Conv (b, w1) }
+    """
+    rng = np.random.default_rng(0)
+    first, bias, second = rng.normal(0, 0.5, (8, 4, 1, 1)), np.zeros(8), rng.normal(0, 0.35, (4, 8, 1, 1))
+    first[3], bias[3] = np.reshape([2, 0, 0, 0], (4, 1, 1)), -9
+    second[:, 3] *= 8
+    source = with_weights(text, {"w0": first, "b0": bias, "w1": second})
+    result = onnx_lwdf.compress(source, activation_bits="float", samples=16, jobs=1, input_range=(-4.0, 4.0)).model
+    feeds = {"x": np.random.default_rng(1).normal(0, 2.5, (8, 4, 8, 8)).astype(np.float32)}
+    (exact,), (answer,) = answers(source, feeds), answers(result, feeds)
+    # Steps of 1/127 of the largest weight, eight deviations of the others: 37 dB where it fires always. Measured: 32.6.
+    assert sqnr_db(exact, answer) > 28
