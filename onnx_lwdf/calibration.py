@@ -9,6 +9,7 @@ all grids together leave clearly less noise at the outputs than with p = 2, weig
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from types import MappingProxyType
 
 import numpy as np
 
@@ -16,6 +17,7 @@ from onnx_lwdf.activations.inputs import InputSpec
 from onnx_lwdf.activations.taps import Feed, Samples
 from onnx_lwdf.config import TARGETS, Config
 from onnx_lwdf.emit import qdq
+from onnx_lwdf.gates import Span
 from onnx_lwdf.graph import Graph
 from onnx_lwdf.influence import TINY, numbers, power_share, relative_error
 from onnx_lwdf.layers import Bits, Layer, Pruning, find_layers, set_bias, weight_of
@@ -37,15 +39,23 @@ def calibrate(
     inputs: Sequence[InputSpec],
     feed: Feed,
     config: Config,
+    spans: Mapping[str, Span] = MappingProxyType({}),
 ) -> dict[str, ActivationGrid]:
     """Tensor name -> grid; all tensors of a site share one. `feed` holds samples of the model's inputs."""
     squared, cubed = POWERS
+    beside = {site.tensors[0] for site in sites if site.tensors[0] in spans and site.bits == 8}
+    spanned = [site for site in sites if site.tensors[0] in beside]
+    sites, kept = [site for site in sites if site.tensors[0] not in beside], sites
     found = _grids(graph, layers, sites, samples, inputs, config, squared)
+    for site in spanned:
+        span = spans[site.tensors[0]]
+        symmetric = TARGETS[config.target].symmetric_activations
+        found.update(dict.fromkeys(site.tensors, grid_for(float(span.low.min()), float(span.high.max()), site.bits, symmetric)))
     unbounded = [site for site in sites if site.low is None and site.high is None]
     other = found | _grids(graph, layers, unbounded, samples, inputs, config, cubed)
     if other == found:
         return found
-    noises = [grid_noise(graph, layers, plan, sites, grids, samples, feed, config)[0] for grids in (found, other)]
+    noises = [grid_noise(graph, layers, plan, kept, grids, samples, feed, config)[0] for grids in (found, other)]
     return other if noises[1] < CLEAR_GAIN * noises[0] else found
 
 

@@ -31,6 +31,7 @@ from onnx_lwdf.plan import plan_bits
 from onnx_lwdf.precision import halve, restore
 from onnx_lwdf.precondition.channels import find_groups
 from onnx_lwdf.precondition.fold import fold
+from onnx_lwdf.precondition.readers import beside_gates
 from onnx_lwdf.precondition.transform import transform_groups
 from onnx_lwdf.pruning import plan_pruning, share_budget
 from onnx_lwdf.ranges import ActivationGrid
@@ -206,10 +207,15 @@ def _solve(source: Source, prepared: Prepared, chunks: Sequence[Feed], config: C
     rng = np.random.default_rng([config.seed, 3])
     statistics = {} if config.source == "data" else pruned.statistics
     samples, statistics = transform_groups(graph, groups, plan, samples, statistics, rng)
+    if any(group.written or group.read for group in groups):  # there may be new nodes
+        graph.commit()
+        found = {layer.name: layer for layer in find_layers(graph)[0]}
+        layers = [found[layer.name] for layer in layers]
+    gated = beside_gates(graph, find_groups(graph, layers), samples, statistics)
     on_layer(Progress("precondition", "", 1, 1))
 
     pruning = share_budget(graph, layers, prepared.pruning, samples, chunks[0], config)
-    grids = calibrate(graph, layers, plan, sites, samples, prepared.inputs, chunks[0], config)
+    grids = calibrate(graph, layers, plan, sites, samples, prepared.inputs, chunks[0], config, gated.spans)
     tradeoff: tuple[Point, ...] = ()
     if config.auto_bits:
         plan, tradeoff = choose_bits(graph, layers, plan, pruning, grids, samples, chunks[0], sizes, config, most)

@@ -59,7 +59,7 @@ def _quantized(layers: Sequence[Layer], plan: Mapping[str, Bits]) -> list[Layer]
 def _places(graph: Graph, quantized: Sequence[Layer]) -> tuple[dict[str, str], list[onnx.NodeProto]]:
     """Tensor -> the first one of its site; and the joins of sites that are none, because no layer follows."""
     wanted = {layer.input for layer in quantized}
-    ahead = _ahead(graph, wanted)
+    before = ahead(graph, wanted)
     wanted |= {behind_activation(graph, layer.node.output[0]) for layer in quantized if layer.op == "Conv"}
     root: dict[str, str] = {}
     tails: list[onnx.NodeProto] = []
@@ -70,14 +70,14 @@ def _places(graph: Graph, quantized: Sequence[Layer]) -> tuple[dict[str, str], l
         elif tensor in wanted:
             root[tensor] = tensor
         elif node is not None and _joins(graph, node, tensor, root):
-            if tensor in ahead:
+            if tensor in before:
                 root[tensor] = tensor
             else:
                 tails.append(node)
     return root, tails
 
 
-def _ahead(graph: Graph, tensors: Iterable[str]) -> set[str]:
+def ahead(graph: Graph, tensors: Iterable[str]) -> set[str]:
     """These tensors and all that they are computed from."""
     found, waiting = set(tensors), list(tensors)
     while waiting:

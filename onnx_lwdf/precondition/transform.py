@@ -32,16 +32,20 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from onnx_lwdf.activations.taps import Moments, Samples
+from onnx_lwdf.gates import Span, scale_input, scale_output
 from onnx_lwdf.graph import Graph
 from onnx_lwdf.grid import nearest, search_weight_grid
 from onnx_lwdf.layers import Bits, Layer, bias_of, set_bias, set_weight, weight_of
 from onnx_lwdf.precondition.channels import ChannelGroup
-from onnx_lwdf.ranges import search_grid
+from onnx_lwdf.precondition.readers import Gated, beside_gates, by_channel, output_power, read_energy
+from onnx_lwdf.ranges import ActivationGrid, grid_for, search_grid
+from onnx_lwdf.sites import JOIN_BITS
 from onnx_lwdf.solvers.gptq import conditional_variances
 from onnx_lwdf.solvers.problem import F64
 from onnx_lwdf.statistics import ChannelStatistics, Statistics
 
 GEODESIC = (0.0, 0.25, 0.5)
+BELOW = (1 / 16, 1 / 8, 1 / 4, 1 / 2, 1.0)  # what a grid beside a gate has below 0, to what it has above
 RIDGE = 1e-3  # of the largest eigenvalue: directions that hardly occur are not stretched without end
 MOST_ROWS = 64  # of a weight, for the prediction
 DEVIATIONS = (
@@ -71,11 +75,14 @@ def transform_groups(
     rng: np.random.Generator,
 ) -> tuple[Samples, Statistics]:
     """Transform every channel group where that lowers the predicted error; the samples and statistics with it."""
+    gated = beside_gates(graph, groups, samples, statistics)
     for group in groups:
-        if any(plan[layer.name].activation is None for layer in group.consumers):
+        if any(plan[layer.name].activation is None for layer in _gridded(group)):
             continue
-        candidates = [_identity(group), *_candidates(graph, group, samples, statistics, rng)]
-        errors = [_predicted(graph, group, plan, samples, candidate) for candidate in candidates]
+        if not group.consumers and not any(gate.input in gated.readings for gate in group.read):
+            continue
+        candidates = [_identity(group), *_candidates(graph, group, samples, gated, statistics, rng)]
+        errors = [_predicted(graph, group, plan, samples, gated, candidate) for candidate in candidates]
         best = int(np.argmin(errors))
         if best and errors[best] < CLEAR_GAIN * errors[0]:
             samples = _apply(graph, group, samples, candidates[best])
@@ -83,13 +90,25 @@ def transform_groups(
     return samples, statistics
 
 
+def _gridded(group: ChannelGroup) -> list[Layer]:
+    """The layers whose plan says whether the group's tensors have grids: its readers, or its writers where a gate reads."""
+    return [*group.consumers, *(group.producers if group.read else ())]
+
+
 def _identity(group: ChannelGroup) -> Transform:
     return Transform(np.eye(group.channels), np.eye(group.channels), {})
 
 
 def _candidates(
-    graph: Graph, group: ChannelGroup, samples: Samples, statistics: Statistics, rng: np.random.Generator
+    graph: Graph,
+    group: ChannelGroup,
+    samples: Samples,
+    gated: Gated,
+    statistics: Statistics,
+    rng: np.random.Generator,
 ) -> list[Transform]:
+    if group.written or group.read:
+        return _equalized(graph, group, samples, gated)
     if group.ceiling is not None:
         return _stretched(group, group.ceiling, samples, statistics.get(group.producers[0].output))
     matrix = group.linear and group.channels <= MOST_CHANNELS and all(layer.groups == 1 for layer in _layers(group))
@@ -123,6 +142,24 @@ def _stretched(
     return [Transform(np.diag(factor), np.diag(1 / factor), {}, ceiling)]
 
 
+def _equalized(graph: Graph, group: ChannelGroup, samples: Samples, gated: Gated) -> list[Transform]:
+    """Beside gates: where every channel fills the grid, where the weights are even, and half way."""
+    read = [name for name in group.tensors if name in gated.readings]
+    energy = np.sum([gated.readings[name] for name in read], axis=0)
+    if group.consumers:
+        energy = energy + read_energy(graph, group, samples)
+    spans = [gated.spans[name] for name in (*read, *(layer.input for layer in group.consumers))]
+    low, high = np.max([-span.low for span in spans], axis=0), np.max([span.high for span in spans], axis=0)
+    energy = energy + RIDGE * energy.max() + np.finfo(np.float64).tiny
+    factors = [energy**0.5]
+    for below in BELOW:  # a grid over [-below, 1] is filled by 1 / wide
+        wide = np.maximum(high, low / below)
+        wide = np.maximum(wide, max(wide.max() / MOST_STRETCHED, np.finfo(np.float64).tiny))
+        factors += [1 / wide, (energy**0.5 / wide) ** 0.5]
+    even = [factor / np.exp(np.log(factor).mean()) for factor in factors]
+    return [Transform(np.diag(factor), np.diag(1 / factor), {}) for factor in even]
+
+
 def _layers(group: ChannelGroup) -> list[Layer]:
     return [*group.producers, *group.consumers]
 
@@ -134,25 +171,9 @@ def _moments(graph: Graph, group: ChannelGroup, samples: Samples, shift: Mapping
         values = samples.values[layer.input].astype(np.float64)
         values = values - shift.get(layer.input, np.zeros(group.channels))[:, None]
         covariance += values @ values.T / values.shape[1]
-        weight = _by_channel(weight_of(graph, layer), group.channels)  # [rows, channels]
-        sensitivity += weight.T @ weight / _output_power(graph, layer, samples)
+        weight = by_channel(weight_of(graph, layer), group.channels)  # [rows, channels]
+        sensitivity += weight.T @ weight / output_power(graph, layer, samples)
     return covariance / len(group.consumers), sensitivity
-
-
-def _by_channel(weight: F64, channels: int) -> F64:
-    """A canonical weight [groups, out, in] as [rows, channels]: one column per input channel; groups are disjoint."""
-    groups, out, _ = weight.shape
-    split = weight.reshape(groups, out, -1, channels // groups)  # [groups, out, kernel, channels / groups]
-    if groups == 1:
-        return split.reshape(-1, channels)
-    return split.transpose(1, 2, 0, 3).reshape(-1, channels)
-
-
-def _output_power(graph: Graph, layer: Layer, samples: Samples) -> float:
-    """E |W x|^2 of the layer around its mean, to weigh layers against each other."""
-    moments, weight = samples.moments[layer.name], weight_of(graph, layer)
-    centered = moments.hessian - moments.mean[:, :, None] * moments.mean[:, None, :]
-    return float(max(np.einsum("goi,goi->", weight @ centered, weight), np.finfo(np.float64).tiny))
 
 
 def _shifts(graph: Graph, group: ChannelGroup, samples: Samples) -> dict[str, F64]:
@@ -190,26 +211,45 @@ def _geodesic(start: F64, end: F64, t: float) -> F64:
 
 
 def _predicted(
-    graph: Graph, group: ChannelGroup, plan: Mapping[str, Bits], samples: Samples, transform: Transform
+    graph: Graph,
+    group: ChannelGroup,
+    plan: Mapping[str, Bits],
+    samples: Samples,
+    gated: Gated,
+    transform: Transform,
 ) -> float:
     """Relative error at the readers' outputs: their grids, their weights, and the writers' weights seen through them."""
     total, seen = 0.0, np.zeros(group.channels)
     for layer in group.consumers:
-        power = _output_power(graph, layer, samples)
+        power = output_power(graph, layer, samples)
         weight = _transformed_reader(weight_of(graph, layer), transform.inverse)
         moments = _transformed_moments(samples.moments[layer.name], transform, layer.input)
         values = _transformed_values(samples.values[layer.input], transform, layer.input)
-        energy = (_by_channel(weight, group.channels) ** 2).sum(0)
+        energy = (by_channel(weight, group.channels) ** 2).sum(0)
         bits = plan[layer.name]
-        grid = search_grid(values.ravel(), np.repeat(energy, values.shape[1]), bits.activation or 8)
+        grid = _grid(values, energy, bits.activation or 8, gated.spans.get(layer.input), transform)
         error = ((grid.quantize(values) - values) ** 2).mean(1)
         total += float(error @ energy + _rounding(weight, moments.hessian, bits.weight or 8).sum()) / power
         seen += energy / power
+    for name in (name for name in group.tensors if name in gated.readings):
+        values = transform.matrix @ gated.spans[name].clip(samples.values[name])
+        energy = gated.readings[name] * np.diag(transform.inverse) ** 2
+        grid = _grid(values, energy, JOIN_BITS, gated.spans[name], transform)
+        total += float(((grid.quantize(values) - values) ** 2).mean(1) @ energy)
+        seen += energy
     for layer in group.producers:
         weight = _transformed_writer(weight_of(graph, layer), transform.matrix)
         writer_bits = plan[layer.name].weight or 8
         total += float(seen @ _rounding(weight, samples.moments[layer.name].hessian, writer_bits).ravel())
     return total
+
+
+def _grid(values: F64, energy: F64, bits: int, span: Span | None, transform: Transform) -> ActivationGrid:
+    """The grid over what the transformed channels may reach, else that of the least error on these values."""
+    if span is None or bits < 8:
+        return search_grid(values.ravel(), np.repeat(energy, values.shape[1]), bits)
+    factor = np.diag(transform.matrix)
+    return grid_for(float((factor * span.low).min()), float((factor * span.high).max()), bits)
 
 
 def _rounding(weight: F64, hessian: F64, bits: int | None) -> F64:
@@ -286,6 +326,10 @@ def _apply(graph: Graph, group: ChannelGroup, samples: Samples, transform: Trans
         moved = bias_of(graph, layer) - shift.get(layer.output, np.zeros(group.channels))
         set_weight(graph, layer, _transformed_writer(weight_of(graph, layer), a))
         set_bias(graph, layer, a @ moved)
+    for gate in group.written:
+        scale_output(graph, gate, np.diag(a))
+    for gate in group.read:
+        scale_input(graph, gate, np.diag(a))
     moments = dict(samples.moments)
     for layer in group.consumers:
         weight = weight_of(graph, layer)
