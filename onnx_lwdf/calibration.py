@@ -43,19 +43,12 @@ def calibrate(
 ) -> dict[str, ActivationGrid]:
     """Tensor name -> grid; all tensors of a site share one. `feed` holds samples of the model's inputs."""
     squared, cubed = POWERS
-    beside = {site.tensors[0] for site in sites if site.tensors[0] in spans and site.bits == 8}
-    spanned = [site for site in sites if site.tensors[0] in beside]
-    sites, kept = [site for site in sites if site.tensors[0] not in beside], sites
-    found = _grids(graph, layers, sites, samples, inputs, config, squared)
-    for site in spanned:
-        span = spans[site.tensors[0]]
-        symmetric = TARGETS[config.target].symmetric_activations
-        found.update(dict.fromkeys(site.tensors, grid_for(float(span.low.min()), float(span.high.max()), site.bits, symmetric)))
+    found = _grids(graph, layers, sites, samples, inputs, config, squared, spans)
     unbounded = [site for site in sites if site.low is None and site.high is None]
-    other = found | _grids(graph, layers, unbounded, samples, inputs, config, cubed)
+    other = found | _grids(graph, layers, unbounded, samples, inputs, config, cubed, spans)
     if other == found:
         return found
-    noises = [grid_noise(graph, layers, plan, kept, grids, samples, feed, config)[0] for grids in (found, other)]
+    noises = [grid_noise(graph, layers, plan, sites, grids, samples, feed, config)[0] for grids in (found, other)]
     return other if noises[1] < CLEAR_GAIN * noises[0] else found
 
 
@@ -67,14 +60,18 @@ def _grids(
     inputs: Sequence[InputSpec],
     config: Config,
     power: float,
+    spans: Mapping[str, Span] = MappingProxyType({}),
 ) -> dict[str, ActivationGrid]:
-    """The grids of the least sum of |error|^power."""
+    """The grids of the least sum of |error|^power; with 8 bits over the whole span, where that is known."""
     symmetric = TARGETS[config.target].symmetric_activations
     ranges = {spec.name: spec.normalization.range for spec in inputs if spec.normalization is not None}
     grids: dict[str, ActivationGrid] = {}
     for site in sites:
         if site.tensors[0] in ranges:  # an input may hold any pixel, whatever the samples hold
             grid = grid_for(*ranges[site.tensors[0]], site.bits, symmetric)
+        elif site.tensors[0] in spans and site.bits == 8:
+            span = spans[site.tensors[0]]
+            grid = grid_for(float(span.low.min()), float(span.high.max()), site.bits, symmetric)
         else:
             values, weights = _weighted_values(graph, layers, site, samples)
             grid = search_grid(values, weights, site.bits, site.low, site.high, symmetric, power)

@@ -34,7 +34,7 @@ CURVED = (
 PASSING = ("MaxPool", "AveragePool", "GlobalAveragePool", "BatchNormalization", "Pad", "Resize", "Upsample")
 HALF_A_CODE = 1 / 512  # of a channel's range in 8 bits: what differs by less is the same
 DEVIATIONS = 12.0  # from its mean that a channel may reach: beyond lies one in 20 million of Laplace's distribution
-BEYOND = 2.0  # times what the samples reach, where no BatchNormalization tells: real images went to 1.5 times, half of the channels
+BEYOND = 2.0  # times what the samples reach, where no BatchNormalization tells
 POINTS = 129  # of f, over what a channel may reach
 
 
@@ -96,7 +96,7 @@ def reach(values: Array, known: ChannelStatistics | None) -> Span:
 
 
 def response(graph: Graph, gate: Gate, values: Array, known: ChannelStatistics | None) -> Response:
-    """f on samples of its input [channels, values], and over all that it may reach."""
+    """How f answers to samples of its input [channels, values], and over all that it may reach."""
     span = reach(values, known)
     points = np.linspace(span.low, span.high, POINTS, axis=1)  # [channels, points]
     step = HALF_A_CODE * np.maximum(span.high - span.low, np.finfo(np.float32).tiny)[:, None]
@@ -124,7 +124,7 @@ def scale_output(graph: Graph, gate: Gate, factor: F64) -> None:
     node = gate.nodes[-1]
     known = [(index, graph.constant(name)) for index, name in enumerate(node.input)]
     constants = [(index, value) for index, value in known if value is not None]
-    if node.op_type == "Mul" and constants or node.op_type == "Div" and constants and constants[0][0] == 1:
+    if constants and (node.op_type == "Mul" or (node.op_type == "Div" and constants[0][0] == 1)):
         index, old = constants[0]
         power = 1 if node.op_type == "Mul" else -1
         value = old.astype(np.float64).reshape(-1, *(1,) * gate.axes) * gate.shaped(factor).astype(np.float64) ** power
@@ -173,9 +173,10 @@ def _next(graph: Graph, tensors: list[str], nodes: list[onnx.NodeProto], axes: i
     for tensor in tensors:
         for node in graph.consumers[tensor]:
             fits = node.op_type in (*LINEAR, *BENT, *CURVED) and node.domain in ("", "ai.onnx")
-            if fits and len(node.output) == 1 and all(node is not other for other in nodes):
-                if all(not name or name in tensors or _fits(graph, name, axes) for name in node.input):
-                    yield node
+            if not fits or len(node.output) != 1 or any(node is other for other in nodes):
+                continue
+            if all(not name or name in tensors or _fits(graph, name, axes) for name in node.input):
+                yield node
 
 
 def _hidden(graph: Graph, tensor: str, nodes: list[onnx.NodeProto]) -> bool:
@@ -195,7 +196,7 @@ def _fits(graph: Graph, name: str, axes: int) -> bool:
 
 
 def _answers(graph: Graph, gate: Gate, inputs: Sequence[F64]) -> list[F64]:
-    """f of these, [channels, values] each, by onnxruntime."""
+    """What f makes of these, [channels, values] each, by onnxruntime."""
     names = {name for node in gate.nodes for name in node.input if name}
     values = {name: graph.constant(name) for name in sorted(names)}
     body = onnx.helper.make_graph(
@@ -206,7 +207,7 @@ def _answers(graph: Graph, gate: Gate, inputs: Sequence[F64]) -> list[F64]:
         [numpy_helper.from_array(value, name) for name, value in values.items() if value is not None],
     )
     model = onnx.helper.make_model(
-        body, opset_imports=graph.model.opset_import, ir_version=max(graph.model.ir_version, 4)
+        body, opset_imports=[onnx.helper.make_opsetid("", graph.opset)], ir_version=max(graph.model.ir_version, 4)
     )
     session = open_session(model, arena=False)
     found = []

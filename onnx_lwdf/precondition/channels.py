@@ -66,8 +66,8 @@ def _connected(graph: Graph, layers: Sequence[Layer], gates: Sequence[Gate]) -> 
                 root[find(name)] = find(node.output[0])
         elif (signal := excited(graph, node)) is not None:
             root[find(signal)] = find(node.output[0])
-    for maker in (*layers, *gates):
-        find(maker.output)
+    for name in (*(layer.output for layer in layers), *(gate.output for gate in gates)):
+        find(name)
     groups: dict[str, list[str]] = defaultdict(list)
     for name in root:
         groups[find(name)].append(name)
@@ -75,9 +75,7 @@ def _connected(graph: Graph, layers: Sequence[Layer], gates: Sequence[Gate]) -> 
     return [sorted(group, key=lambda name: place.get(name, -1)) for group in groups.values()]
 
 
-def _group(
-    graph: Graph, layers: Sequence[Layer], gates: Sequence[Gate], tensors: list[str]
-) -> ChannelGroup | None:
+def _group(graph: Graph, layers: Sequence[Layer], gates: Sequence[Gate], tensors: list[str]) -> ChannelGroup | None:
     """The group of these tensors, None where something else writes or reads one of them."""
     inside = set(tensors)
     writers = {id(graph.producer[layer.output]): layer for layer in layers if layer.output in inside}

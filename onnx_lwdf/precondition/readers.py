@@ -26,7 +26,9 @@ TINY = float(np.finfo(np.float64).tiny)
 class Gated:
     """What is known of the tensors beside gates."""
 
-    readings: Mapping[str, F64]  # tensor -> [channels]: what an error adds through its gate to the outputs of the layers behind
+    readings: Mapping[
+        str, F64
+    ]  # tensor -> [channels]: what an error adds through its gate to the outputs of the layers behind
     spans: Mapping[str, Span]  # tensor -> what its channels may reach, as far as its gate tells it apart
 
 
@@ -41,15 +43,14 @@ def beside_gates(graph: Graph, groups: Sequence[ChannelGroup], samples: Samples,
                 spans[name] = reach(samples.values[name], statistics.get(name))
     for gate in (gate for group in groups for gate in group.read if gate.input in samples.values):
         answer = response(graph, gate, samples.values[gate.input], statistics.get(gate.input))
-        group = behind.get(gate.output)
-        known = group is not None and group.consumers
-        energy = read_energy(graph, group, samples) if group is not None and known else 1 / max(answer.power, TINY)
+        readers = behind.get(gate.output)
+        known = readers is not None and readers.consumers
+        energy = read_energy(graph, readers, samples) if readers and known else 1 / max(answer.power, TINY)
         readings[gate.input] = answer.slope * energy
         spans[gate.input] = answer.input
-        if gate.output in spans:
-            spans[gate.output] = answer.output
-        made = [excited(graph, node) == gate.output and node.output[0] for node in graph.consumers[gate.output]]
-        spans.update({name: answer.output for name in made if name and name in spans})
+        # What excites a channel, a Sigmoid's like, is at most 1; synthetic images excite less than real ones.
+        excited_by = [node.output[0] for node in graph.consumers[gate.output] if excited(graph, node) == gate.output]
+        spans.update({name: answer.output for name in (gate.output, *excited_by) if name in spans})
     return Gated(readings, spans)
 
 

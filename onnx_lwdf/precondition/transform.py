@@ -37,7 +37,7 @@ from onnx_lwdf.graph import Graph
 from onnx_lwdf.grid import nearest, search_weight_grid
 from onnx_lwdf.layers import Bits, Layer, bias_of, set_bias, set_weight, weight_of
 from onnx_lwdf.precondition.channels import ChannelGroup
-from onnx_lwdf.precondition.readers import Gated, beside_gates, by_channel, output_power, read_energy
+from onnx_lwdf.precondition.readers import Gated, beside_gates, by_channel, output_power
 from onnx_lwdf.ranges import ActivationGrid, grid_for, search_grid
 from onnx_lwdf.sites import JOIN_BITS
 from onnx_lwdf.solvers.gptq import conditional_variances
@@ -108,7 +108,7 @@ def _candidates(
     rng: np.random.Generator,
 ) -> list[Transform]:
     if group.written or group.read:
-        return _equalized(graph, group, samples, gated)
+        return _equalized(group, gated)
     if group.ceiling is not None:
         return _stretched(group, group.ceiling, samples, statistics.get(group.producers[0].output))
     matrix = group.linear and group.channels <= MOST_CHANNELS and all(layer.groups == 1 for layer in _layers(group))
@@ -142,22 +142,18 @@ def _stretched(
     return [Transform(np.diag(factor), np.diag(1 / factor), {}, ceiling)]
 
 
-def _equalized(graph: Graph, group: ChannelGroup, samples: Samples, gated: Gated) -> list[Transform]:
-    """Beside gates: where every channel fills the grid, where the weights are even, and half way."""
-    read = [name for name in group.tensors if name in gated.readings]
-    energy = np.sum([gated.readings[name] for name in read], axis=0)
-    if group.consumers:
-        energy = energy + read_energy(graph, group, samples)
-    spans = [gated.spans[name] for name in (*read, *(layer.input for layer in group.consumers))]
+def _equalized(group: ChannelGroup, gated: Gated) -> list[Transform]:
+    """Beside gates every channel fills the grid: a = 1 / reach, the least error of one grid for all channels."""
+    names = [gate.input for gate in group.read if gate.input in gated.readings]
+    spans = [gated.spans[name] for name in (*names, *(layer.input for layer in group.consumers))]
     low, high = np.max([-span.low for span in spans], axis=0), np.max([span.high for span in spans], axis=0)
-    energy = energy + RIDGE * energy.max() + np.finfo(np.float64).tiny
-    factors = [energy**0.5]
-    for below in BELOW:  # a grid over [-below, 1] is filled by 1 / wide
+    found = []
+    for below in BELOW:
         wide = np.maximum(high, low / below)
         wide = np.maximum(wide, max(wide.max() / MOST_STRETCHED, np.finfo(np.float64).tiny))
-        factors += [1 / wide, (energy**0.5 / wide) ** 0.5]
-    even = [factor / np.exp(np.log(factor).mean()) for factor in factors]
-    return [Transform(np.diag(factor), np.diag(1 / factor), {}) for factor in even]
+        factor = np.exp(np.log(wide).mean()) / wide
+        found.append(Transform(np.diag(factor), np.diag(1 / factor), {}))
+    return found
 
 
 def _layers(group: ChannelGroup) -> list[Layer]:
