@@ -63,6 +63,10 @@ class Span:
         """Values [channels, values], none outside."""
         return np.clip(values.astype(np.float64), self.low[:, None], self.high[:, None])
 
+    def joined(self, other: Span) -> Span:
+        """Both."""
+        return Span(np.minimum(self.low, other.low), np.maximum(self.high, other.high))
+
 
 @dataclass(frozen=True, slots=True)
 class Response:

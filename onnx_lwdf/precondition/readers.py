@@ -26,9 +26,7 @@ TINY = float(np.finfo(np.float64).tiny)
 class Gated:
     """What is known of the tensors beside gates."""
 
-    readings: Mapping[
-        str, F64
-    ]  # tensor -> [channels]: what an error adds through its gate to the outputs of the layers behind
+    readings: Mapping[str, F64]  # tensor -> [channels]: what an error adds to the outputs of the layers behind its gate
     spans: Mapping[str, Span]  # tensor -> what its channels may reach, as far as its gate tells it apart
 
 
@@ -48,9 +46,11 @@ def beside_gates(graph: Graph, groups: Sequence[ChannelGroup], samples: Samples,
         energy = read_energy(graph, readers, samples) if readers and known else 1 / max(answer.power, TINY)
         readings[gate.input] = answer.slope * energy
         spans[gate.input] = answer.input
-        # What excites a channel, a Sigmoid's like, is at most 1; synthetic images excite less than real ones.
+        if gate.output in spans:
+            spans[gate.output] = answer.output
+        # What excites a channel is a Sigmoid or its like, at most 1; synthetic images excite less than real ones.
         excited_by = [node.output[0] for node in graph.consumers[gate.output] if excited(graph, node) == gate.output]
-        spans.update({name: answer.output for name in (gate.output, *excited_by) if name in spans})
+        spans.update({name: spans[name].joined(answer.output) for name in excited_by if name in spans})
     return Gated(readings, spans)
 
 

@@ -22,8 +22,16 @@ from tests.nets import FAST, answers, samples, sqnr_db, with_weights
 
 GATES = {  # x -> y, and the operators that stand there afterwards, an entrance and an exit multiplied
     "h-swish, written out": ("p = Add (x, three) q = Clip (p, zero, six) r = Mul (x, q) y = Div (r, six)", 11, "MACMD"),
-    "h-swish of opset 7": ("p = Add (x, three) q = Clip <min = 0.0, max = 6.0> (p) r = Mul (q, x) y = Div (r, six)", 7, "MACMD"),
-    "h-swish with a Mul": ("p = Add (three, x) q = Relu (p) r = Min (q, six) s = Mul (x, r) y = Mul (sixth, s)", 13, "MARMMM"),
+    "h-swish of opset 7": (
+        "p = Add (x, three) q = Clip <min = 0.0, max = 6.0> (p) r = Mul (q, x) y = Div (r, six)",
+        7,
+        "MACMD",
+    ),
+    "h-swish with a Mul": (
+        "p = Add (three, x) q = Relu (p) r = Min (q, six) s = Mul (x, r) y = Mul (sixth, s)",
+        13,
+        "MARMMM",
+    ),
     "h-swish by HardSigmoid": ("p = HardSigmoid <alpha = 0.1666667> (x) y = Mul (x, p)", 10, "MHMM"),
     "HardSwish": ("y = HardSwish (x)", 14, "MHM"),
     "SiLU": ("p = Sigmoid (x) y = Mul (x, p)", 9, "MSMM"),
@@ -56,7 +64,9 @@ def network(gate, opset, *, more="", outputs=""):
     text = HEAD.format(gate=gate, opset=opset, more=more, outputs=outputs)
     known = {name: np.array(value) for name, value in CONSTANTS.items()}
     known |= {"channels": np.linspace(0.5, 2, 8).reshape(8, 1, 1), "columns": np.linspace(0.5, 2, 12)}
-    return with_weights(text, tensors | {name: value for name, value in known.items() if name in text.replace(",", " ")})
+    return with_weights(
+        text, tensors | {name: value for name, value in known.items() if name in text.replace(",", " ")}
+    )
 
 
 def transformed(model):
