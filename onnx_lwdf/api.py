@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,7 +29,7 @@ DEFAULT_BITS = 8
 class Result:
     """The compressed model and what happened to it."""
 
-    model: onnx.ModelProto
+    model: onnx.ModelProto  # of a source above 2 GiB as it was written, its weights in the file's external data
     report: Report
 
 
@@ -196,11 +197,14 @@ def compress_with(
     if path is not None:
         model_io.check_target(path, None if isinstance(model, onnx.ModelProto) else Path(model), force)
     source = model_io.read(model)
-    done = compress_model(source, config, on_layer)
-    model_io.add_provenance(done.model, source, config.to_dict())
-    external = config.save_as_external_data or source.external
-    size = done.model.ByteSize() if path is None else model_io.write(done.model, path, external)
-    result = Result(done.model, _report(source, config, done, {"path": path and str(path), "bytes": size}))
+    with model_io.scratch(source, path) as scratch:
+        done = compress_model(source, config, on_layer, scratch)
+        model_io.add_provenance(done.model, source, config.to_dict())
+        external = config.save_as_external_data or source.external
+        size = done.model.ByteSize() if path is None else model_io.write(done.model, path, external)
+        report = _report(source, config, done, {"path": path and str(path), "bytes": size})
+    written = done.model if scratch is None or path is None else onnx.load(path, load_external_data=False)
+    result = Result(written, report)
     _check_gates(result, config)
     if done.prepared.unseen is not None and config.fail_under is not None:
         raise Gate(
@@ -213,8 +217,9 @@ def inspect(model: str | Path | onnx.ModelProto, config: Config | None = None) -
     """The dry run: what would be compressed, and why the rest would not; nothing is solved or written."""
     config = config or Config()
     source = model_io.read(model)
-    prepared = prepare(source.model, config)
-    layers = [_planned(prepared, layer, prepared.config, source.precision.value_bytes) for layer in prepared.layers]
+    with model_io.scratch(source, Path(tempfile.gettempdir()) / model_io.TOOL) as scratch:
+        prepared = prepare(source.model, config, scratch)
+        layers = [_planned(prepared, layer, prepared.config, source.precision.value_bytes) for layer in prepared.layers]
     return _assemble(source, config, prepared, layers, {}, {"path": None, "bytes": None}, prepared.warnings)
 
 
@@ -346,7 +351,6 @@ def _notes(done: Compressed, answer: Solved) -> tuple[str, ...]:
 
 
 def _solved(done: Compressed, answer: Solved, value_bytes: int) -> LayerReport:
-    weight = answer.solution.weight
     return LayerReport(
         name=answer.layer.name,
         op=answer.layer.op,
@@ -357,7 +361,7 @@ def _solved(done: Compressed, answer: Solved, value_bytes: int) -> LayerReport:
         method=answer.method,
         weight_bits=answer.bits.weight,
         activation_bits=answer.bits.activation,
-        sparsity=float((weight == 0).mean()),
+        sparsity=answer.solution.sparsity,
         sqnr_db=done.fidelity.layers.get(answer.layer.name),
         bytes_before=value_bytes * done.before[answer.layer.name],
         bytes_after=done.sizes[answer.layer.name],
