@@ -21,7 +21,7 @@ import onnx
 from onnx_lwdf.graph import Graph, attribute, node_name, subgraphs
 from onnx_lwdf.runtime import Array
 
-BLOCK_VALUES = 2**20  # of a weight at a time, where weights are too large for memory
+BLOCK_VALUES = 2**18  # of a weight at a time, where weights are too large for memory: 2 MiB stay in a processor's cache
 
 WEIGHTED = ("Conv", "ConvTranspose", "Gemm", "MatMul")
 LEFT_ALONE = {  # operators that hold weights too
@@ -168,11 +168,14 @@ def shape_of(graph: Graph, layer: Layer) -> tuple[int, int, int]:
 
 
 def blocks(graph: Graph, layer: Layer) -> list[slice]:
-    """The output channels of each group, all at once, or so many at a time as a model that is not in memory allows."""
+    """The output channels of each group, all at once; few at a time where the model is too large for memory.
+
+    As many as there are inputs at least: what a solver does once for all of them then takes no more than its other work.
+    """
     groups, out, inputs = shape_of(graph, layer)
     if graph.scratch is None:
         return [ALL]
-    rows = max(1, BLOCK_VALUES // (groups * inputs))
+    rows = max(inputs, BLOCK_VALUES // (groups * inputs))
     return [slice(start, start + rows) for start in range(0, out, rows)]
 
 

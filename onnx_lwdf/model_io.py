@@ -20,7 +20,7 @@ from google.protobuf.message import DecodeError
 from onnx import external_data_helper, version_converter
 
 from onnx_lwdf.errors import ModelError
-from onnx_lwdf.mapped import Scratch, anchored, bytes_of, is_mapped, loaded, mappable, refer, values_of
+from onnx_lwdf.mapped import Scratch, anchored, bytes_of, is_mapped, loaded, mappable, refer, values_of, without_mapped
 from onnx_lwdf.precision import FLOAT32, VALUE_BYTES, Precision, widen
 from onnx_lwdf.runtime import PROTOBUF_LIMIT_BYTES, copy_of, first_line
 from onnx_lwdf.staging import locked, settle, staging
@@ -65,7 +65,7 @@ def read(source: str | Path | onnx.ModelProto) -> Source:
     if provenance(result.model):
         raise ModelError(f"{result.path or 'the model'}: was already compressed by {TOOL}; give it the original model")
     try:
-        onnx.checker.check_model(result.model if result.path is None else str(result.path))  # a path is not serialized
+        onnx.checker.check_model(_checkable(result))
     except Exception as error:  # the checker raises ValidationError, and others on broken attributes
         raise ModelError(f"{result.path or 'the model'}: is not a valid ONNX model: {first_line(error)}") from error
     kinds = {tensor.data_type for tensor in result.model.graph.initializer if len(tensor.dims) > 1} & set(VALUE_BYTES)
@@ -75,6 +75,13 @@ def read(source: str | Path | onnx.ModelProto) -> Source:
             "export it in float32"
         )
     return replace(result, precision=widen(result.model))
+
+
+def _checkable(source: Source) -> onnx.ModelProto | str:
+    """What onnx's checker takes: a path is not serialized, but all that it names is read into memory."""
+    if source.mapped or source.path is None:
+        return without_mapped(source.model)
+    return str(source.path)
 
 
 def load(path: Path) -> onnx.ModelProto:
@@ -126,13 +133,12 @@ def _check_size(name: Path | str, size: int) -> None:
 def _read_weights(path: Path, model: onnx.ModelProto) -> bool:
     """Read the model's external data, or map what is large where it is more than fits into one protobuf; whether it is."""
     mapped = _float_bytes(model) > PROTOBUF_LIMIT_BYTES
-    tops = {id(tensor) for tensor in model.graph.initializer} if mapped else set()
+    large = [tensor for tensor in model.graph.initializer if mapped and is_mapped(tensor) and mappable(tensor)]
+    for tensor in large:
+        _map(path.parent, tensor)
+    done = {id(tensor) for tensor in large}  # as long as they are held, they are the same objects
     for tensor in external_data_helper._get_all_tensors(model):
-        if not external_data_helper.uses_external_data(tensor):
-            continue
-        if id(tensor) in tops and mappable(tensor):
-            _map(path.parent, tensor)
-        else:
+        if is_mapped(tensor) and id(tensor) not in done:
             external_data_helper.load_external_data_for_tensor(tensor, str(path.parent))
             tensor.data_location = onnx.TensorProto.DEFAULT
             del tensor.external_data[:]
