@@ -21,6 +21,7 @@ from onnx_lwdf.channels.spread import pooled_sources
 from onnx_lwdf.channels.surgery import Mask
 from onnx_lwdf.config import TARGETS, Config
 from onnx_lwdf.emit import FORMATS, emit, oldest_opset, operators
+from onnx_lwdf.emit.rebuilt import rebuilt
 from onnx_lwdf.emit.stored import Rounded, Stored
 from onnx_lwdf.errors import ModelError
 from onnx_lwdf.graph import Graph, node_name
@@ -155,7 +156,7 @@ def _compress(
     kept = work.kept if config.weight_bits is None else {}
     fidelity = Fidelity({}, {})
     if prepared.unseen is None:
-        fidelity = verify(source.model, reference, graph.model, outputs, _verification(prepared, config), kept)
+        fidelity = verify(source.model, reference, rebuilt(graph), outputs, _verification(prepared, config), kept)
         on_layer(Progress("verify", "", 1, 1))
     if source.precision.interface:
         restore(graph, source.precision.interface)
