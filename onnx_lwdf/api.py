@@ -15,7 +15,7 @@ from onnx_lwdf import model_io
 from onnx_lwdf.compress import Compressed, OnLayer, Prepared, compress_model, prepare
 from onnx_lwdf.config import Config
 from onnx_lwdf.emit import planned_bytes, sparse_initializer
-from onnx_lwdf.errors import GateError, OptionError
+from onnx_lwdf.errors import GateError, ModelError, OptionError
 from onnx_lwdf.layers import Layer, Skipped, output_axis
 from onnx_lwdf.layerwise import Solved, method_of
 from onnx_lwdf.report import LayerReport, Report
@@ -197,6 +197,8 @@ def compress_with(
     if path is not None:
         model_io.check_target(path, None if isinstance(model, onnx.ModelProto) else Path(model), force)
     source = model_io.read(model)
+    if source.mapped and config.auto_bits:  # each size that is tried would be a file's worth of codes on the disk
+        raise ModelError(f"{source.path}: is too large for bits to be chosen by size; give --bits, without --max-size")
     with model_io.scratch(source, path) as scratch:
         done = compress_model(source, config, on_layer, scratch)
         model_io.add_provenance(done.model, source, config.to_dict())

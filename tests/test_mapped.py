@@ -124,6 +124,8 @@ def test_dry_run(lowered, tmp_path):
 def test_what_cannot_be_done_is_one_line(lowered, tmp_path):
     with pytest.raises(ModelError, match="is too large to be compressed in memory; give an output"):
         onnx_lwdf.compress(lowered, **FAST)
+    with pytest.raises(ModelError, match="is too large for bits to be chosen by size; give --bits"):
+        onnx_lwdf.compress(lowered, tmp_path / "out.onnx", max_size=0.2, **FAST)
     with pytest.raises(ModelError, match="save it with its weights as external data, and give its path"):
         onnx_lwdf.compress(net(), tmp_path / "out.onnx", **FAST)
     (tmp_path / "m.bin").write_bytes((tmp_path / "m.bin").read_bytes()[:-1])
