@@ -4,7 +4,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 ENV := .venv/.ready
 
-.PHONY: demo test test-oldest fuzz lint bench bench-methods bench-networks clean
+.PHONY: demo test test-oldest fuzz lint bench bench-large bench-methods bench-networks clean
 
 demo: $(ENV)
 	@mkdir -p build
@@ -34,6 +34,10 @@ lint: $(ENV)
 
 bench: $(ENV)
 	$(BIN)/python bench/compare.py
+
+# Makes a network of 2.3 GiB in build/large, and compresses it: 8 GiB of disk.
+bench-large: $(ENV)
+	$(BIN)/python bench/large.py build/large $(if $(OPTIONS),--options '$(OPTIONS)')
 
 # With a folder of photographs: make bench-methods IMAGES=folder
 bench-methods: $(ENV)

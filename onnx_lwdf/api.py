@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,7 +15,7 @@ from onnx_lwdf import model_io
 from onnx_lwdf.compress import Compressed, OnLayer, Prepared, Progress, compress_model, possible, prepare
 from onnx_lwdf.config import Config
 from onnx_lwdf.emit import planned_bytes, sparse_initializer
-from onnx_lwdf.errors import GateError, OptionError
+from onnx_lwdf.errors import GateError, ModelError, OptionError
 from onnx_lwdf.layers import Layer, Skipped, output_axis
 from onnx_lwdf.layerwise import Solved, method_of
 from onnx_lwdf.report import LayerReport, Report
@@ -28,7 +29,7 @@ DEFAULT_BITS = 8
 class Result:
     """The compressed model and what happened to it."""
 
-    model: onnx.ModelProto
+    model: onnx.ModelProto  # of a source above 2 GiB as it was written, its weights in the file's external data
     report: Report
 
 
@@ -202,13 +203,18 @@ def compress_with(
     source = model_io.read(model)
     if callable(output):
         path = checked(output(possible(source.model, config)[0]))
-    done = compress_model(source, config, on_layer)
-    model_io.add_provenance(done.model, source, config.to_dict())
-    external = config.save_as_external_data or source.external
-    if path is not None:
-        on_layer(Progress("write", "", 0, 1))
-    size = done.model.ByteSize() if path is None else model_io.write(done.model, path, external)
-    result = Result(done.model, _report(source, config, done, {"path": path and str(path), "bytes": size}))
+    if source.mapped and config.auto_bits:  # each size that is tried would be a file's worth of codes on the disk
+        raise ModelError(f"{source.path}: is too large for bits to be chosen by size; give --bits, without --max-size")
+    with model_io.scratch(source, path) as scratch:
+        done = compress_model(source, config, on_layer, scratch)
+        model_io.add_provenance(done.model, source, config.to_dict())
+        external = config.save_as_external_data or source.external
+        if path is not None:
+            on_layer(Progress("write", "", 0, 1))
+        size = done.model.ByteSize() if path is None else model_io.write(done.model, path, external)
+        report = _report(source, config, done, {"path": path and str(path), "bytes": size})
+    written = done.model if scratch is None or path is None else onnx.load(path, load_external_data=False)
+    result = Result(written, report)
     _check_gates(result, config)
     if done.prepared.unseen is not None and config.fail_under is not None:
         raise Gate(
@@ -221,8 +227,9 @@ def inspect(model: str | Path | onnx.ModelProto, config: Config | None = None) -
     """The dry run: what would be compressed, and why the rest would not; nothing is solved or written."""
     config = config or Config()
     source = model_io.read(model)
-    prepared = prepare(source.model, config)
-    layers = [_planned(prepared, layer, prepared.config, source.precision.value_bytes) for layer in prepared.layers]
+    with model_io.scratch(source, Path(tempfile.gettempdir()) / model_io.TOOL) as scratch:
+        prepared = prepare(source.model, config, scratch)
+        layers = [_planned(prepared, layer, prepared.config, source.precision.value_bytes) for layer in prepared.layers]
     return _assemble(source, config, prepared, layers, {}, {"path": None, "bytes": None}, prepared.warnings)
 
 
@@ -354,7 +361,6 @@ def _notes(done: Compressed, answer: Solved) -> tuple[str, ...]:
 
 
 def _solved(done: Compressed, answer: Solved, value_bytes: int) -> LayerReport:
-    weight = answer.solution.weight
     return LayerReport(
         name=answer.layer.name,
         op=answer.layer.op,
@@ -365,7 +371,7 @@ def _solved(done: Compressed, answer: Solved, value_bytes: int) -> LayerReport:
         method=answer.method,
         weight_bits=answer.bits.weight,
         activation_bits=answer.bits.activation,
-        sparsity=float((weight == 0).mean()),
+        sparsity=answer.solution.sparsity,
         sqnr_db=done.fidelity.layers.get(answer.layer.name),
         bytes_before=value_bytes * done.before[answer.layer.name],
         bytes_after=done.sizes[answer.layer.name],

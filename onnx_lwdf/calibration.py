@@ -20,8 +20,8 @@ from onnx_lwdf.emit import qdq
 from onnx_lwdf.gates import Span
 from onnx_lwdf.graph import Graph
 from onnx_lwdf.influence import TINY, numbers, power_share, relative_error
-from onnx_lwdf.layers import Bits, Layer, Pruning, find_layers, set_bias, weight_of
-from onnx_lwdf.layerwise import pose, unrounded
+from onnx_lwdf.layers import Bits, Layer, blocks, find_layers, set_bias, shape_of, weight_of
+from onnx_lwdf.layerwise import bias_behind_grid
 from onnx_lwdf.ranges import F64, ActivationGrid, grid_for, search_grid
 from onnx_lwdf.runtime import open_session, run
 from onnx_lwdf.sites import Site, behind_activation, clip_bounds
@@ -88,10 +88,9 @@ def _weighted_values(graph: Graph, layers: Sequence[Layer], site: Site, samples:
     parts, weights = [], []
     for layer in readers:
         values = samples.values[layer.input].astype(np.float64)  # [channels, values]
-        weight = weight_of(graph, layer)
-        energy = input_energy(layer, weight * np.sqrt(_importance(graph, layers, layer, samples)))
+        energy = input_energy(graph, layer, np.sqrt(_importance(graph, layers, layer, samples)))
         parts.append(values.ravel())
-        weights.append(np.repeat(energy if energy.any() else input_energy(layer, weight), values.shape[1]))
+        weights.append(np.repeat(energy if energy.any() else input_energy(graph, layer), values.shape[1]))
     return np.concatenate(parts), np.concatenate(weights)
 
 
@@ -101,7 +100,7 @@ def _importance(graph: Graph, layers: Sequence[Layer], layer: Layer, samples: Sa
     In units of its mean, so that layers that nothing reads count as the others. A channel's scale, which the transforms
     choose, has no part in W^2 times this but for that unit: what multiplies a row divides the column behind.
     """
-    shape = (*weight_of(graph, layer).shape[:2], 1)
+    shape = (*shape_of(graph, layer)[:2], 1)
     tensor = behind_activation(graph, layer.output)
     readers = [other for other in layers if other.input == tensor]
     if not readers:
@@ -112,14 +111,17 @@ def _importance(graph: Graph, layers: Sequence[Layer], layer: Layer, samples: Sa
         low, high = clip_bounds(graph, graph.producer[tensor]) or (None, None)
         inside = (values > (-np.inf if low is None else low)) & (values < (np.inf if high is None else high))
         passed = inside.mean(1, dtype=np.float64)
-    read = np.sum([input_energy(other, weight_of(graph, other)) for other in readers], axis=0)
+    read = np.sum([input_energy(graph, other) for other in readers], axis=0)
     strength = read * passed
     return np.asarray(strength / max(float(strength.mean()), TINY)).reshape(shape)
 
 
-def input_energy(layer: Layer, weight: F64) -> F64:
-    """[channels]: the squared weights that an error of each input channel meets. weight [groups, out, in]."""
-    energy = (weight**2).sum(1)  # [groups, in]
+def input_energy(graph: Graph, layer: Layer, factor: F64 | None = None) -> F64:
+    """[channels]: the squared weights that an error of each input channel meets, each row times its factor [groups, out, 1]."""
+    energy = np.zeros((layer.groups, 1))
+    for rows in blocks(graph, layer):
+        weight = weight_of(graph, layer, rows)
+        energy = energy + ((weight if factor is None else weight * factor[:, rows]) ** 2).sum(1)  # [groups, in]
     return energy.reshape(energy.shape[0], layer.kernel_size, -1).sum(1).ravel()
 
 
@@ -137,10 +139,9 @@ def grid_noise(
 
     Weights are float, and biases take up what the grids add in the mean. `feed` holds samples of the model's inputs.
     """
-    answers = [unrounded(pose(graph, layer, plan[layer.name], Pruning(), grids, samples, config)) for layer in layers]
-    twin = Graph(graph.snapshot())
+    biases = {layer.name: bias_behind_grid(graph, layer, plan[layer.name], grids, samples, config) for layer in layers}
+    twin = graph.twin()
     exact = numbers(run(open_session(twin.model, arena=False), feed))
-    biases = {answer.layer.name: answer.stored_bias for answer in answers}
     for layer in find_layers(twin)[0]:
         if layer.name in biases:
             set_bias(twin, layer, biases[layer.name])

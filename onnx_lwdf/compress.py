@@ -21,11 +21,13 @@ from onnx_lwdf.channels.spread import pooled_sources
 from onnx_lwdf.channels.surgery import Mask
 from onnx_lwdf.config import TARGETS, Config
 from onnx_lwdf.emit import FORMATS, emit, oldest_opset, operators
+from onnx_lwdf.emit.rebuilt import rebuilt
 from onnx_lwdf.emit.stored import Rounded, Stored
 from onnx_lwdf.errors import ModelError
 from onnx_lwdf.graph import Graph, node_name
 from onnx_lwdf.layers import Bits, Layer, Pruning, Skipped, find_layers, from_canonical, output_axis, sources, weight_of
 from onnx_lwdf.layerwise import Solved, solve_layers
+from onnx_lwdf.mapped import Scratch
 from onnx_lwdf.model_io import Source, add_provenance, fix_initializers, inline_functions, raise_opset
 from onnx_lwdf.plan import plan_bits
 from onnx_lwdf.precision import halve, restore
@@ -105,18 +107,18 @@ class Compressed:
     tradeoff: tuple[Point, ...]  # of size and predicted fidelity, where bits were chosen
 
 
-def compress_model(source: Source, config: Config, on_layer: OnLayer) -> Compressed:
-    """The five steps on a model that was read; the source is not changed.
+def compress_model(source: Source, config: Config, on_layer: OnLayer, scratch: Scratch | None = None) -> Compressed:
+    """The five steps on a model that was read; the source is not changed. `scratch`: for weights too large for memory.
 
     A layer that puts out more error than signal, from inputs that are sound, stays float where the outputs gain by it.
     Raises ModelError where an output has more error than signal all the same. With `fail_under` the user says how much
     may be lost: less than 0 dB, too.
     """
     least = min(0.0, config.fail_under or 0.0)
-    done = _compress(source, config, on_layer, {})
+    done = _compress(source, config, on_layer, scratch, {})
     if harmed := done.fidelity.harmed(done.prepared.sources, least):
         spared = {name: f"stays float: at its output {done.fidelity.layers[name]:.1f} dB were left" for name in harmed}
-        other = _compress(source, config, on_layer, spared)
+        other = _compress(source, config, on_layer, scratch, spared)
         done = other if other.fidelity.worst >= done.fidelity.worst else done
     if config.fail_under is None and (lost := done.fidelity.lost(done.prepared.behind)):
         name, decibels = min(lost.items(), key=lambda pair: pair[1])
@@ -127,8 +129,10 @@ def compress_model(source: Source, config: Config, on_layer: OnLayer) -> Compres
     return done
 
 
-def _compress(source: Source, config: Config, on_layer: OnLayer, spared: Mapping[str, str]) -> Compressed:
-    prepared = prepare(source.model, config, spared)
+def _compress(
+    source: Source, config: Config, on_layer: OnLayer, scratch: Scratch | None, spared: Mapping[str, str]
+) -> Compressed:
+    prepared = prepare(source.model, config, scratch, spared)
     graph, config = prepared.graph, prepared.config
     before = {layer.name: weight_of(graph, layer).size for layer in prepared.layers}
     floating, chunks = graph.snapshot(), draw_chunks(prepared.inputs, config)
@@ -153,13 +157,13 @@ def _compress(source: Source, config: Config, on_layer: OnLayer, spared: Mapping
     kept = work.kept if config.weight_bits is None else {}
     fidelity = Fidelity({}, {})
     if prepared.unseen is None:
-        fidelity = verify(source.model, reference, graph.model, outputs, _verification(prepared, config), kept)
+        fidelity = verify(source.model, reference, rebuilt(graph), outputs, _verification(prepared, config), kept)
         on_layer(Progress("verify", "", 1, 1))
     if source.precision.interface:
         restore(graph, source.precision.interface)
         if prepared.unseen is None:
             open_session(graph.model)
-    shapes = {item.layer.name: item.weight.shape for item in stored}
+    shapes = {item.layer.name: item.shape for item in stored}
     return Compressed(graph.model, work.prepared, solved, before, shapes, work.notes, sizes, fidelity, work.tradeoff)
 
 
@@ -191,7 +195,7 @@ def _solve(source: Source, prepared: Prepared, chunks: Sequence[Feed], config: C
         *(layer.output for group in groups if group.linear for layer in group.producers),
         *(pooled_sources(graph, layers).values() if config.channels else ()),
     ]
-    samples = synthesize(graph.model, layers, tensors, prepared.statistics, chunks, config)
+    samples = synthesize(graph, layers, tensors, prepared.statistics, chunks, config)
     on_layer(Progress("synthesize", "", 1, 1))
 
     pruned = Pruned(layers, samples, prepared.statistics, {}, {})
@@ -247,7 +251,12 @@ def _sizes(source: Source, graph: Graph, layers: Sequence[Layer], sites: Sequenc
     return Sizes(graph, layers, sites, config.stored_format, config.activations, signed, noted.ByteSize())
 
 
-def prepare(model: onnx.ModelProto, config: Config, spared: Mapping[str, str] = MappingProxyType({})) -> Prepared:
+def prepare(
+    model: onnx.ModelProto,
+    config: Config,
+    scratch: Scratch | None = None,
+    spared: Mapping[str, str] = MappingProxyType({}),
+) -> Prepared:
     """Read and precondition: layers found, BatchNormalization folded, bits planned.
 
     `spared`: layer name -> why it stays float, whatever the options say.
@@ -257,7 +266,7 @@ def prepare(model: onnx.ModelProto, config: Config, spared: Mapping[str, str] = 
     opset = oldest_opset(form, config.lowest_weight_bits, config.activations)
     model, note = raise_opset(inline_functions(copy_of(model)), opset, form)
     notes = [note, fix_initializers(model)]
-    graph = Graph(model)
+    graph = Graph(model, scratch)
     statistics = fold(graph)
     fixed = None if unseen else free_batch(graph, find_inputs(graph, config))
     layers, skipped = find_layers(graph, config.exclude)
@@ -331,10 +340,11 @@ def _stored(graph: Graph, answer: Solved) -> Stored:
     layer, solution = answer.layer, answer.solution
     weight = graph.constant(layer.weight)
     assert weight is not None, layer.name
-    values = from_canonical(layer, solution.weight, weight.shape).astype(np.float32)
-    rounded = None
-    if solution.rounding is not None and answer.bits.weight is not None:
-        codes = from_canonical(layer, solution.rounding.codes, weight.shape)
+    values, rounded = None, None
+    if solution.rounding is None or answer.bits.weight is None:
+        values = graph.keep(from_canonical(layer, solution.weight, weight.shape).astype(np.float32))
+    else:
+        codes = graph.keep(from_canonical(layer, solution.rounding.codes, weight.shape))
         scale = solution.rounding.scale.astype(np.float32).ravel()
         rounded = Rounded(codes, scale, output_axis(layer), answer.bits.weight)
     return Stored(layer, values, rounded, answer.stored_bias, answer.grid)

@@ -19,6 +19,7 @@ from onnx import numpy_helper
 from onnx_graphsurgeon.logger import G_LOGGER
 
 from onnx_lwdf.errors import ModelError
+from onnx_lwdf.mapped import Scratch, is_mapped, values_of, without_mapped
 from onnx_lwdf.runtime import Array, copy_of, first_line, quiet_sessions
 
 LARGE_BYTES = 2**22  # of a value that is read anew from the model each time it is wanted
@@ -33,8 +34,10 @@ class Graph:
     leads to an output.
     """
 
-    def __init__(self, model: onnx.ModelProto) -> None:
+    def __init__(self, model: onnx.ModelProto, scratch: Scratch | None = None) -> None:
+        """`scratch`: where large values go that are written; None: into the model."""
         self.model = model
+        self.scratch = scratch
         self.nodes: list[onnx.NodeProto] = list(model.graph.node)
         self.initializers: dict[str, onnx.TensorProto] = {t.name: t for t in model.graph.initializer}
         self.inputs = [v.name for v in model.graph.input if v.name not in self.initializers]
@@ -163,11 +166,12 @@ class Graph:
     def restore(self, model: onnx.ModelProto) -> None:
         """Be this model, whatever was edited."""
         self.model.CopyFrom(model)
-        self.__init__(self.model)  # type: ignore[misc]  # the same state, read anew
+        self.__init__(self.model, self.scratch)  # type: ignore[misc]  # the same state, read anew
 
     def overwrite(self, name: str, value: npt.ArrayLike) -> None:
         """Let the initializer of this name have this value."""
-        proto = numpy_helper.from_array(np.asarray(value, order="C"), name)
+        array = np.asarray(value, order="C")
+        proto = numpy_helper.from_array(array, name) if self.scratch is None else self.scratch.tensor(array, name)
         if name in self.initializers:
             doc = self.initializers[name].doc_string
             self.initializers[name].CopyFrom(proto)
@@ -233,6 +237,14 @@ class Graph:
         node.output[0] = follower.output[0]
         self.producer[node.output[0]] = node
 
+    def keep(self, value: Array) -> Array:
+        """An array that is wanted for long: the same, or in a file where the graph's large values are in files."""
+        return value if self.scratch is None else self.scratch.keep(value)
+
+    def twin(self) -> Graph:
+        """A graph of its own over a snapshot."""
+        return Graph(self.snapshot(), self.scratch)
+
     def snapshot(self) -> onnx.ModelProto:
         """A copy of the model as it is now, edits of initializers included; nodes must not be edited since the last commit."""
         copy = copy_of(self.model)
@@ -256,7 +268,7 @@ class Graph:
             copies = [onnx.ValueInfoProto.FromString(info.SerializeToString()) for info in kept]
             del graph.value_info[:]
             graph.value_info.extend(copies)
-        self.__init__(self.model)  # type: ignore[misc]  # the same state, read anew from the written model
+        self.__init__(self.model, self.scratch)  # type: ignore[misc]  # the same state, read anew from the written model
 
     def _write_initializers(self, graph: onnx.GraphProto, tensors: Mapping[str, onnx.TensorProto]) -> None:
         """Let the model's graph, or a copy of it, hold these. Those that it has stay where they are: protobuf gives memory
@@ -316,7 +328,7 @@ def _captured(node: onnx.NodeProto) -> set[str]:
 
 def _array(tensor: onnx.TensorProto) -> Array:
     try:
-        return np.asarray(numpy_helper.to_array(tensor))
+        return values_of(tensor) if is_mapped(tensor) else np.asarray(numpy_helper.to_array(tensor))
     except Exception as error:  # onnx raises ValueError, TypeError and others on what does not fit together
         raise ModelError(
             f"tensor {tensor.name!r} cannot be read: {first_line(error)}; export the model again"
@@ -357,7 +369,7 @@ def _fold(model: onnx.ModelProto) -> dict[str, Array]:
     G_LOGGER.severity = G_LOGGER.CRITICAL
     try:
         with quiet_sessions():
-            folded = gs.import_onnx(model).fold_constants(size_threshold=2**28)
+            folded = gs.import_onnx(without_mapped(model)).fold_constants(size_threshold=2**28)
         made = {name for node in model.graph.node for name in node.output}
         return {name: t.values for name, t in folded.tensors().items() if isinstance(t, gs.Constant) and name in made}
     except Exception as error:  # graphsurgeon raises whatever its parts raise

@@ -30,7 +30,7 @@ TINY = float(np.finfo(np.float64).tiny)
 
 def influences(graph: Graph, layers: Sequence[Layer], moments: Mapping[str, Moments], feed: Feed) -> dict[str, float]:
     """Layer name -> influence; `feed` holds samples of the model's inputs."""
-    probe = Graph(graph.snapshot())
+    probe = graph.twin()
     wanted = {layer.name for layer in layers}
     places = {layer.name: _open(probe, layer) for layer in find_layers(probe)[0] if layer.name in wanted}
     probe.commit()

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import fnmatch
 import math
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -20,6 +20,8 @@ import onnx
 
 from onnx_lwdf.graph import Graph, attribute, node_name, subgraphs
 from onnx_lwdf.runtime import Array
+
+BLOCK_VALUES = 2**18  # of a weight at a time, where weights are too large for memory: 2 MiB stay in a processor's cache
 
 WEIGHTED = ("Conv", "ConvTranspose", "Gemm", "MatMul")
 LEFT_ALONE = {  # operators that hold weights too
@@ -149,16 +151,43 @@ def sources(graph: Graph, layers: Iterable[Layer]) -> dict[str, frozenset[str]]:
     return reached
 
 
-def weight_of(graph: Graph, layer: Layer) -> Array:
-    """The layer's weight in canonical form, float64 [groups, out, in]."""
+ALL = slice(None)
+
+
+def weight_of(graph: Graph, layer: Layer, rows: slice = ALL) -> Array:
+    """The layer's weight in canonical form, float64 [groups, out, in], or these output channels of each group."""
+    return _canonical(graph, layer)[:, rows].astype(np.float64)
+
+
+def shape_of(graph: Graph, layer: Layer) -> tuple[int, int, int]:
+    """Of the weight in canonical form: groups, out, in."""
     value = graph.constant(layer.weight)
     assert value is not None, layer.name
-    return to_canonical(layer, value.astype(np.float64))
+    out = output_axis_size(layer, value.shape) // layer.groups
+    return layer.groups, out, value.size // (layer.groups * out)
+
+
+def blocks(graph: Graph, layer: Layer) -> list[slice]:
+    """The output channels of each group, all at once; few at a time where the model is too large for memory.
+
+    As many as there are inputs at least: what a solver does once for all of them then takes no more than its other work.
+    """
+    groups, out, inputs = shape_of(graph, layer)
+    if graph.scratch is None:
+        return [ALL]
+    rows = max(inputs, BLOCK_VALUES // (groups * inputs))
+    return [slice(start, start + rows) for start in range(0, out, rows)]
+
+
+def _canonical(graph: Graph, layer: Layer) -> Array:
+    value = graph.constant(layer.weight)
+    assert value is not None, layer.name
+    return to_canonical(layer, value)
 
 
 def is_depthwise(graph: Graph, layer: Layer) -> bool:
     """Every output channel reads one input channel, of which there are several."""
-    return layer.groups > 1 and weight_of(graph, layer).shape[2] == layer.kernel_size
+    return layer.groups > 1 and shape_of(graph, layer)[2] == layer.kernel_size
 
 
 def bias_of(graph: Graph, layer: Layer) -> Array:
@@ -173,9 +202,17 @@ def bias_of(graph: Graph, layer: Layer) -> Array:
 
 def set_weight(graph: Graph, layer: Layer, weight: Array) -> None:
     """Store a canonical weight in the layer's own place, in the dtype it had."""
+    change_weight(graph, layer, lambda rows: weight[:, rows])
+
+
+def change_weight(graph: Graph, layer: Layer, values: Callable[[slice], Array]) -> None:
+    """As `set_weight`, of a weight that is known by blocks of output channels."""
     old = graph.constant(layer.weight)
     assert old is not None, layer.name
-    graph.set_input(layer.node, 1, from_canonical(layer, weight, old.shape).astype(old.dtype), layer.weight)
+    new = np.empty(shape_of(graph, layer), old.dtype)
+    for rows in blocks(graph, layer):
+        new[:, rows] = values(rows)
+    graph.set_input(layer.node, 1, from_canonical(layer, new, old.shape), layer.weight)
 
 
 def set_bias(graph: Graph, layer: Layer, bias: Array) -> None:
@@ -198,7 +235,7 @@ def output_channels(graph: Graph, layer: Layer) -> int:
 
 
 def input_channels(graph: Graph, layer: Layer) -> int:
-    groups, _, inputs = weight_of(graph, layer).shape
+    groups, _, inputs = shape_of(graph, layer)
     return groups * inputs // layer.kernel_size
 
 

@@ -21,11 +21,11 @@ from onnx_lwdf.activations.taps import Moments, Samples
 from onnx_lwdf.config import TARGETS, Config
 from onnx_lwdf.graph import Graph
 from onnx_lwdf.grid import storable
-from onnx_lwdf.layers import Bits, Layer, Pruning, bias_of, weight_of
+from onnx_lwdf.layers import ALL, Bits, Layer, Pruning, bias_of, blocks, weight_of
 from onnx_lwdf.ranges import ActivationGrid
 from onnx_lwdf.solvers import SOLVERS
 from onnx_lwdf.solvers.bias import mean_correction
-from onnx_lwdf.solvers.problem import LayerProblem, LayerSolution, float_solution
+from onnx_lwdf.solvers.problem import LayerProblem, LayerSolution, Rounding, float_solution
 
 F64 = np.ndarray[tuple[int, ...], np.dtype[np.float64]]
 
@@ -54,14 +54,13 @@ class Solved:
     def scaled(self, factor: F64, shift: F64) -> Solved:
         """The answer whose outputs are factor y + shift; both [out of all groups]."""
         solution, rounding = self.solution, self.solution.rounding
-        rows = factor.reshape(solution.weight.shape[:2])
         if rounding is None:
-            changed = replace(solution, weight=solution.weight * rows[..., None])
+            weight = solution.weight
+            changed = replace(solution, values=weight * factor.reshape(*weight.shape[:2], 1))
         else:
+            rows = factor.reshape(rounding.scale.shape)
             scale = storable(rounding.scale * rows, np.zeros(rows.shape))
-            changed = replace(
-                solution, weight=scale[..., None] * rounding.codes, rounding=replace(rounding, scale=scale)
-            )
+            changed = replace(solution, rounding=replace(rounding, scale=scale))
         return replace(self, solution=changed, bias=factor * self.bias + shift, drift=factor * self.drift)
 
 
@@ -77,8 +76,12 @@ def solve_layers(
     """Every layer's answer, in order. Layers run in parallel, each on one thread: the bytes do not depend on the jobs."""
 
     def answer(layer: Layer) -> Solved:  # posed and solved in one go: what a problem holds lives no longer than it must
-        task = pose(graph, layer, plan[layer.name], pruning[layer.name], grids, samples, config)
-        return _settle(task, _solve(task))
+        asked = pruning[layer.name]
+        parts = []
+        for rows in [ALL] if asked.asked else blocks(graph, layer):  # which weights go is chosen among all
+            task = pose(graph, layer, plan[layer.name], asked, grids, samples, config, rows)
+            parts.append(_settle(task, _solve(task)))
+        return _joined(graph, parts)
 
     with threadpool_limits(limits=1), ThreadPoolExecutor(config.jobs) as pool:
         try:
@@ -110,9 +113,10 @@ def pose(
     grids: Mapping[str, ActivationGrid],
     samples: Samples,
     config: Config,
+    rows: slice = ALL,
 ) -> Task:
-    """The layer's problem at these bits."""
-    weight, bias = weight_of(graph, layer), bias_of(graph, layer)
+    """The layer's problem at these bits, or the part of it that is of these output channels of each group."""
+    weight, bias = weight_of(graph, layer, rows), bias_of(graph, layer).reshape(layer.groups, -1)[:, rows].ravel()
     grid = grids[layer.input] if bits.activation is not None else None
     kernel = layer.kernel_size
     mean, hessian = patch_moments(layer, samples.moments[layer.name], around_mean=pruning.asked)
@@ -130,9 +134,40 @@ def pose(
     return Task(layer, bits, method_of(config, bits, pruning.asked), grid, problem, bias, mean, stored_mean)
 
 
-def unrounded(task: Task) -> Solved:
-    """The answer whose weight is the float one: what the grid of the input alone costs."""
-    return _settle(task, float_solution(task.problem, task.problem.weight))
+def bias_behind_grid(
+    graph: Graph, layer: Layer, bits: Bits, grids: Mapping[str, ActivationGrid], samples: Samples, config: Config
+) -> F64:
+    """The bias, [out of all groups], that takes up the mean error of the input's grid, with the weight in float."""
+    parts = []
+    for rows in blocks(graph, layer):
+        task = pose(graph, layer, bits, Pruning(), grids, samples, config, rows)
+        parts.append(_settle(task, float_solution(task.problem, task.problem.weight)).stored_bias)
+    return _rows_joined(layer, parts)
+
+
+def _joined(graph: Graph, parts: Sequence[Solved]) -> Solved:
+    """One answer from those for blocks of output channels."""
+    first, layer = parts[0], parts[0].layer
+    solutions = [part.solution for part in parts]
+    values, rounding = None, None
+    if first.solution.rounding is None:
+        values = graph.keep(np.concatenate([one.weight for one in solutions], axis=1))
+    else:
+        found = [one.rounding for one in solutions if one.rounding is not None]
+        codes = graph.keep(np.concatenate([one.codes for one in found], axis=1))
+        rounding = Rounding(codes, np.concatenate([one.scale for one in found], axis=1))
+    notes = tuple(dict.fromkeys(note for one in solutions for note in one.notes))
+    return replace(
+        first,
+        solution=LayerSolution(values, rounding, sum(one.loss for one in solutions), notes),
+        bias=_rows_joined(layer, [part.bias for part in parts]),
+        drift=_rows_joined(layer, [part.drift for part in parts]),
+    )
+
+
+def _rows_joined(layer: Layer, parts: Sequence[F64]) -> F64:
+    """Values of all output channels, group by group, from those of blocks of each group's."""
+    return np.concatenate([part.reshape(layer.groups, -1) for part in parts], axis=1).ravel()
 
 
 def _solve(task: Task) -> LayerSolution:

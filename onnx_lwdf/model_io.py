@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import glob
 import hashlib
 import json
 import math
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -19,6 +20,7 @@ from google.protobuf.message import DecodeError
 from onnx import external_data_helper, version_converter
 
 from onnx_lwdf.errors import ModelError
+from onnx_lwdf.mapped import Scratch, anchored, bytes_of, is_mapped, loaded, mappable, refer, values_of, without_mapped
 from onnx_lwdf.precision import FLOAT32, VALUE_BYTES, Precision, widen
 from onnx_lwdf.runtime import PROTOBUF_LIMIT_BYTES, copy_of, first_line
 from onnx_lwdf.staging import locked, settle, staging
@@ -41,6 +43,7 @@ class Source:
     size_bytes: int  # of the file and its external data
     external: bool  # the weights came from other files
     precision: Precision = FLOAT32  # that it had
+    mapped: bool = False  # its weights are too large for memory, and stayed in their files
 
 
 def tool_version() -> str:
@@ -53,7 +56,7 @@ def tool_version() -> str:
 def read(source: str | Path | onnx.ModelProto) -> Source:
     """The model with its external data, in float32; ModelError where it is missing, not ONNX, truncated, or our own output."""
     if isinstance(source, onnx.ModelProto):
-        _check_size("the model", source, 0)
+        _check_size("the model", max(source.ByteSize(), _float_bytes(source)))
         model = copy_of(source)
         data = model.SerializeToString(deterministic=True)
         result = Source(model, None, hashlib.sha256(data).hexdigest(), len(data), external=False)
@@ -62,10 +65,23 @@ def read(source: str | Path | onnx.ModelProto) -> Source:
     if provenance(result.model):
         raise ModelError(f"{result.path or 'the model'}: was already compressed by {TOOL}; give it the original model")
     try:
-        onnx.checker.check_model(result.model if result.path is None else str(result.path))  # a path is not serialized
+        onnx.checker.check_model(_checkable(result))
     except Exception as error:  # the checker raises ValidationError, and others on broken attributes
         raise ModelError(f"{result.path or 'the model'}: is not a valid ONNX model: {first_line(error)}") from error
+    kinds = {tensor.data_type for tensor in result.model.graph.initializer if len(tensor.dims) > 1} & set(VALUE_BYTES)
+    if result.mapped and kinds - {onnx.TensorProto.FLOAT}:
+        raise ModelError(
+            f"{result.path}: has more than {PROTOBUF_LIMIT_BYTES / 2**30:.0f} GiB of weights, and some are not float32; "
+            "export it in float32"
+        )
     return replace(result, precision=widen(result.model))
+
+
+def _checkable(source: Source) -> onnx.ModelProto | str:
+    """What onnx's checker takes: a path is not serialized, but all that it names is read into memory."""
+    if source.mapped or source.path is None:
+        return without_mapped(source.model)
+    return str(source.path)
 
 
 def load(path: Path) -> onnx.ModelProto:
@@ -79,7 +95,7 @@ def _read_file(path: Path) -> Source:
     if path.is_dir():
         raise ModelError(f"{path}: is a folder; give the .onnx file in it")
     try:
-        _check_size(path, onnx.ModelProto(), path.stat().st_size)
+        _check_size(path, path.stat().st_size)
         data = path.read_bytes()
     except OSError as error:
         raise ModelError(f"{path}: cannot be read: {error.strerror}") from error
@@ -93,26 +109,55 @@ def _read_file(path: Path) -> Source:
     external = list(_external_files(model))
     for name in external:
         _check_inside(path, name)
-    _check_size(path, model, len(data))
-    size = len(data)
-    if external:
+    size, mapped = len(data), False
+    if not external:
+        _check_size(path, _float_bytes(model))
+    else:
         try:
-            external_data_helper.load_external_data_for_model(model, str(path.parent))
+            mapped = _read_weights(path, model)
             size += sum((path.parent / name).stat().st_size for name in external)
         except Exception as error:  # onnx raises its own checker errors beside OSError and ValueError
             raise ModelError(f"{path}: its external data cannot be read: {first_line(error)}") from error
-    return Source(model, path, hashlib.sha256(data).hexdigest(), size, bool(external))
+    return Source(model, path, hashlib.sha256(data).hexdigest(), size, bool(external), mapped=mapped)
 
 
-def _check_size(name: Path | str, model: onnx.ModelProto, size: int) -> None:
-    """ModelError where the weights, in float32, or the file do not fit into one protobuf; nothing else was read so far."""
-    floats = (math.prod(tensor.dims) for tensor in model.graph.initializer if tensor.data_type in VALUE_BYTES)
-    size = max(size, VALUE_BYTES[onnx.TensorProto.FLOAT] * sum(floats))
+def _check_size(name: Path | str, size: int) -> None:
+    """ModelError where so many bytes of weights, in float32, do not fit into one protobuf."""
     if size > PROTOBUF_LIMIT_BYTES:
         raise ModelError(
-            f"{name}: has {size / 2**30:.1f} GiB of float32 weights; {PROTOBUF_LIMIT_BYTES / 2**30:.0f} GiB are the most "
-            "that can be compressed at a time; cut the model in two with onnx.utils.extract_model, and give each part"
+            f"{name}: has {size / 2**30:.1f} GiB of float32 weights, and {PROTOBUF_LIMIT_BYTES / 2**30:.0f} GiB are the most "
+            "that a file without external data holds; save it with its weights as external data, and give its path"
         )
+
+
+def _read_weights(path: Path, model: onnx.ModelProto) -> bool:
+    """Read the model's external data, or map what is large where it is more than fits into one protobuf; whether it is."""
+    mapped = _float_bytes(model) > PROTOBUF_LIMIT_BYTES
+    large = [tensor for tensor in model.graph.initializer if mapped and is_mapped(tensor) and mappable(tensor)]
+    for tensor in large:
+        _map(path.parent, tensor)
+    done = {id(tensor) for tensor in large}  # as long as they are held, they are the same objects
+    for tensor in external_data_helper._get_all_tensors(model):
+        if is_mapped(tensor) and id(tensor) not in done:
+            external_data_helper.load_external_data_for_tensor(tensor, str(path.parent))
+            tensor.data_location = onnx.TensorProto.DEFAULT
+            del tensor.external_data[:]
+    return mapped
+
+
+def _map(folder: Path, tensor: onnx.TensorProto) -> None:
+    """Let the tensor's values be mapped from the file where they are; ValueError where that does not hold them."""
+    info = external_data_helper.ExternalDataInfo(tensor)
+    file, offset, length = folder / info.location, info.offset or 0, bytes_of(tensor)
+    if (info.length or length) != length or file.stat().st_size < offset + length:
+        raise ValueError(f"{info.location!r} does not hold the {length:,} bytes of tensor {tensor.name!r}")
+    refer(tensor, anchored(file), offset, length)
+
+
+def _float_bytes(model: onnx.ModelProto) -> int:
+    """Of the weights, in float32."""
+    floats = (math.prod(tensor.dims) for tensor in model.graph.initializer if tensor.data_type in VALUE_BYTES)
+    return VALUE_BYTES[onnx.TensorProto.FLOAT] * sum(floats)
 
 
 def _check_inside(path: Path, name: str) -> None:
@@ -152,6 +197,10 @@ def raise_opset(model: onnx.ModelProto, opset: int, form: str) -> tuple[onnx.Mod
             f"opset {current} cannot be raised to {opset}, which format {form} needs: {first_line(error)}; "
             "export it with a newer opset, or use --activation-bits float --format folded"
         ) from error
+    mapped = {tensor.name: tensor for tensor in model.graph.initializer if is_mapped(tensor)}
+    for tensor in converted.graph.initializer:  # older versions of onnx forget where their values are
+        if tensor.name in mapped:
+            tensor.CopyFrom(mapped[tensor.name])
     converted.ir_version = max(model.ir_version, IR_OF_OPSET[opset])
     for name in ("producer_name", "producer_version", "domain", "model_version", "doc_string"):
         setattr(converted, name, getattr(model, name))
@@ -199,6 +248,21 @@ def provenance(model: onnx.ModelProto) -> dict[str, str]:
     return {item.key.removeprefix(PREFIX): item.value for item in model.metadata_props if item.key.startswith(PREFIX)}
 
 
+@contextlib.contextmanager
+def scratch(source: Source, beside: Path | None) -> Iterator[Scratch | None]:
+    """A folder for what does not fit into memory, beside this path, gone at the end; None where all of it fits.
+
+    ModelError where there is no such path: the result does not fit into memory either.
+    """
+    if not source.mapped:
+        yield None
+        return
+    if beside is None:
+        raise ModelError(f"{source.path}: is too large to be compressed in memory; give an output")
+    with staging(beside) as folder:
+        yield Scratch(folder)
+
+
 def check_target(path: Path, source: Path | None, force: bool) -> None:
     """ModelError where the output may not be written: it is the input, it exists, or its folder does not."""
     if source is not None and path.exists() and source.exists() and path.samefile(source):
@@ -243,10 +307,13 @@ def _moved_out(model: onnx.ModelProto, weights: Path) -> onnx.ModelProto:
     copy = copy_of(model)
     with weights.open("wb") as file:
         for tensor in copy.graph.initializer:
-            if len(tensor.raw_data) >= EXTERNAL_BYTES:
-                external_data_helper.set_external_data(tensor, weights.name, file.tell(), len(tensor.raw_data))
-                file.write(tensor.raw_data)
-                tensor.ClearField("raw_data")
+            if is_mapped(tensor):
+                data: bytes | memoryview = values_of(tensor).data
+            elif len(tensor.raw_data) >= EXTERNAL_BYTES:
+                data = tensor.raw_data
+            else:
+                continue
+            refer(tensor, weights.name, file.tell(), file.write(data))
     return copy
 
 
@@ -254,5 +321,5 @@ def _digest(model: onnx.ModelProto) -> str:
     """Of all weights: files of the same weights have the same name."""
     digest = hashlib.sha256()
     for tensor in model.graph.initializer:
-        digest.update(tensor.SerializeToString(deterministic=True))
+        digest.update(loaded(tensor).SerializeToString(deterministic=True))
     return digest.hexdigest()[:DIGITS]

@@ -7,6 +7,7 @@ N:M is the same everywhere, so there the layers that cost most for each of their
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
@@ -20,7 +21,7 @@ from onnx_lwdf.config import Config
 from onnx_lwdf.errors import ModelError
 from onnx_lwdf.graph import Graph
 from onnx_lwdf.influence import influences, relative_loss
-from onnx_lwdf.layers import Bits, Layer, Pruning, Skipped, is_depthwise, matches, weight_of
+from onnx_lwdf.layers import Bits, Layer, Pruning, Skipped, is_depthwise, matches, shape_of, weight_of
 from onnx_lwdf.layerwise import method_of, patch_moments
 from onnx_lwdf.plan import check_patterns, first_and_last
 from onnx_lwdf.solvers import SOLVERS, Losses
@@ -56,7 +57,7 @@ def _planned(graph: Graph, layer: Layer, first: bool, config: Config) -> Pruning
         return Pruning(note="dense: depthwise")
     if first:
         return Pruning(note="dense: the first layer")
-    channels = weight_of(graph, layer).shape[2] // layer.kernel_size
+    channels = shape_of(graph, layer)[2] // layer.kernel_size
     if config.nm is not None and channels % config.nm[1]:
         return Pruning(note=f"dense: {channels} input channels, not a multiple of {config.nm[1]}")
     return Pruning(config.sparsity, config.nm, shared=config.nm is None)
@@ -108,7 +109,7 @@ def _spare(
         problem = _sampled(layer, weight_of(graph, layer), samples.moments[layer.name], config.nm)
         return influence[layer.name] * relative_loss(solve(problem).loss, problem.weight, problem.hessian)
 
-    sizes = {layer.name: weight_of(graph, layer).size for layer in asked}
+    sizes = {layer.name: math.prod(shape_of(graph, layer)) for layer in asked}
     with threadpool_limits(limits=1), ThreadPoolExecutor(config.jobs) as pool:
         costs = {layer.name: cost / sizes[layer.name] for layer, cost in zip(asked, pool.map(cost, asked), strict=True)}
     left, spared = SPARED * sum(sizes.values()), []

@@ -23,7 +23,7 @@ import onnxruntime as ort
 from onnx_lwdf.activations.aligned import batch_statistics, normalize
 from onnx_lwdf.activations.taps import Feed, tensor_shapes
 from onnx_lwdf.graph import Graph
-from onnx_lwdf.layers import find_layers, set_bias, set_weight
+from onnx_lwdf.layers import change_weight, find_layers, set_bias
 from onnx_lwdf.layerwise import Solved
 from onnx_lwdf.runtime import Array, open_session, run
 from onnx_lwdf.statistics import F64, Statistics
@@ -67,17 +67,17 @@ def recalibrate(graph: Graph, solved: Sequence[Solved], statistics: Statistics, 
 
 def _compressed(graph: Graph, solved: Sequence[Solved]) -> Graph:
     """A copy of the float network with the solved weights, activations in float."""
-    twin = Graph(graph.snapshot())
+    twin = graph.twin()
     twins = {layer.name: layer for layer in find_layers(twin)[0]}
     for answer in solved:
-        set_weight(twin, twins[answer.layer.name], answer.solution.weight)
+        change_weight(twin, twins[answer.layer.name], answer.solution.of)
         set_bias(twin, twins[answer.layer.name], answer.bias)
-    return Graph(twin.snapshot())
+    return twin.twin()
 
 
 def _pass(graph: Graph, chosen: Sequence[str], ranks: Mapping[str, int], known: Statistics, fed: bool) -> _Pass:
     """The network with every chosen or known tensor normalized; where nothing is known, to what `fed` inputs say."""
-    probe = Graph(graph.snapshot())
+    probe = graph.twin()
     measured: dict[str, tuple[str, str]] = {}
     inputs: dict[str, tuple[str, str]] = {}
     for tensor in dict.fromkeys([*chosen, *known]):

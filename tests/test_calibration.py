@@ -29,7 +29,7 @@ def parts():
     inputs, _ = read_inputs(graph, config, statistics)
     chunks = draw_chunks(inputs, config)
     tensors = [*(layer.input for layer in layers), *(site.tensors[0] for site in sites)]
-    samples = synthesize(graph.model, layers, tensors, statistics, chunks, config)
+    samples = synthesize(graph, layers, tensors, statistics, chunks, config)
     return graph, layers, plan, sites, samples, inputs, chunks[0], config
 
 

@@ -13,7 +13,7 @@ import numpy as np
 
 from onnx_lwdf.activations.taps import Moments, Samples
 from onnx_lwdf.graph import Graph
-from onnx_lwdf.layers import Layer, weight_of
+from onnx_lwdf.layers import Layer, shape_of
 
 
 def isotropic(graph: Graph, layers: Sequence[Layer]) -> Samples:
@@ -22,7 +22,7 @@ def isotropic(graph: Graph, layers: Sequence[Layer]) -> Samples:
 
 
 def _moments(graph: Graph, layer: Layer) -> Moments:
-    groups, _, width = weight_of(graph, layer).shape
+    groups, _, width = shape_of(graph, layer)
     if layer.op == "ConvTranspose":  # whose patches are single positions
         width //= layer.kernel_size
     identity = np.broadcast_to(np.eye(width), (groups, width, width))

@@ -74,7 +74,7 @@ def _measure(
     graph: Graph, names: Sequence[str], statistics: Statistics, chunks: Sequence[Feed], least: float
 ) -> dict[str, ChannelStatistics]:
     """The tensors' means, and the deviations with which they go on around 0: those seen, lifted to an rms of `least`."""
-    probe = Graph(graph.snapshot())
+    probe = graph.twin()
     shapes = tensor_shapes(probe.model, [*names, *statistics], chunks[0])
     pairs: dict[str, tuple[str, str]] = {}
     for name in [*names, *statistics]:

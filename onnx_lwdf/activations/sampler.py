@@ -6,7 +6,6 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import numpy as np
-import onnx
 
 from onnx_lwdf.activations.data import load
 from onnx_lwdf.activations.inputs import InputSpec
@@ -14,12 +13,13 @@ from onnx_lwdf.activations.sources import SOURCES
 from onnx_lwdf.activations.taps import CHUNK, Feed, Samples, sample
 from onnx_lwdf.config import Config
 from onnx_lwdf.errors import OptionError
+from onnx_lwdf.graph import Graph
 from onnx_lwdf.layers import Layer
 from onnx_lwdf.statistics import Statistics
 
 
 def synthesize(
-    model: onnx.ModelProto,
+    graph: Graph,
     layers: Sequence[Layer],
     tensors: Iterable[str],
     statistics: Statistics,
@@ -28,7 +28,8 @@ def synthesize(
 ) -> Samples:
     """Samples of the inputs of layers and of the values of tensors, from the configured source."""
     rng = np.random.default_rng([config.seed, 1])
-    return sample(model, layers, tensors, chunks, rng, statistics, SOURCES[config.source])
+    source = SOURCES[config.source]
+    return sample(graph.model, layers, tensors, chunks, rng, statistics, source, graph.keep)
 
 
 def draw_chunks(inputs: Sequence[InputSpec], config: Config) -> list[Feed]:

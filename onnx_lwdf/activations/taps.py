@@ -135,10 +135,12 @@ def sample(
     rng: np.random.Generator,
     statistics: Statistics,
     align: Align | None,
+    keep: Callable[[F64], F64] = lambda array: array,
 ) -> Samples:
     """Run the chunks of input samples through the model and gather the patches of layers and the values of tensors.
 
     `align` replaces every tensor that has statistics before the taps are laid: a source's way of making activations.
+    `keep` answers the same array in a file where the second moments of all layers are too large for memory.
     """
     tensors = list(dict.fromkeys(tensors))
     graph = Graph(copy_of(model))
@@ -157,7 +159,7 @@ def sample(
     }
     rows = {layer.input for layer in layers if layer.window is None}
     values = {name: _value_tap(graph, aligned.get(name, name), shapes[name], name in rows, total) for name in tensors}
-    samples = _run(graph, taps, values, chunks, rng)
+    samples = _run(graph, taps, values, chunks, rng, keep)
     trim()
     return samples
 
@@ -189,6 +191,7 @@ def _run(
     tensors: Mapping[str, _Tap],
     chunks: Sequence[Feed],
     rng: np.random.Generator,
+    keep: Callable[[F64], F64],
 ) -> Samples:
     taps = [*layers.values(), *tensors.values()]
     session = _session(graph, taps)
@@ -206,7 +209,7 @@ def _run(
             if name in sums:
                 sums[name].add(mean, power)
             else:
-                sums[name] = _Sums(mean, power)
+                sums[name] = _Sums(mean, keep(power))
         for name, tap in tensors.items():
             values[name].append(tap.decode(answers.pop(tap.output))[0])
     moments = {name: found.moments() for name, found in sums.items()}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -9,7 +10,7 @@ import numpy as np
 
 from onnx_lwdf.channels.ties import Ints, Ties
 from onnx_lwdf.graph import Graph
-from onnx_lwdf.layers import Layer, is_depthwise, output_channels, weight_of
+from onnx_lwdf.layers import Layer, is_depthwise, output_channels, shape_of
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -84,4 +85,4 @@ def _columns(ties: Ties, layer: Layer, units: Ints) -> Ints:
 
 
 def _size(graph: Graph, layer: Layer) -> int:
-    return int(weight_of(graph, layer).size)
+    return math.prod(shape_of(graph, layer))

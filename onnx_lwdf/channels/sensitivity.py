@@ -35,7 +35,7 @@ def sensitivities(
     feed: Feed,
 ) -> list[float]:
     """One number for each group. `means` [in] and `spreads` [in, in] are of the readers' inputs, by layer name."""
-    trial = Graph(graph.snapshot())
+    trial = graph.twin()
     twins = {layer.name: layer for layer in find_layers(trial)[0]}
     exact = _outputs(trial, feed)
     found = []

@@ -99,13 +99,20 @@ def emit(
     Answers layer name -> the bytes of data that hold its weight. Without sites, activations stay float.
     """
     sizes: dict[str, int] = {}
-    for stored, values in zip(layers, store(graph, [_values(stored) for stored in layers]), strict=True):
+    for stored, values in zip(layers, _held(graph, store, [_values(stored) for stored in layers]), strict=True):
         weight = _scaled(graph, values, stored)
         graph.connect(stored.layer.node, 1, weight.tensor)
         _bias(graph, stored)
         sizes[stored.layer.name] = weight.bytes
     qdq.activations(graph, sites, grids, signed)
     return sizes
+
+
+def _held(graph: Graph, store: Store, tensors: Sequence[Values]) -> list[Held]:
+    """The tensors as the storage writes them: together, as far as memory allows."""
+    if graph.scratch is None:
+        return store(graph, tensors)
+    return [held for values in tensors for held in store(graph, [values])]
 
 
 def planned_bytes(name: str, activations: str, shape: tuple[int, ...], axis: int, bits: int | None) -> int:
@@ -138,7 +145,7 @@ def file_bytes(
 
     Codes and grids stand in for the true ones, which have the same size.
     """
-    twin, names = Graph(graph.snapshot()), {layer.name for layer in layers}
+    twin, names = graph.twin(), {layer.name for layer in layers}
     stored = []
     for layer in find_layers(twin)[0]:
         if layer.name not in names:
@@ -149,7 +156,7 @@ def file_bytes(
         axis = output_axis(layer)
         rounded = _blank(weight.shape, axis, bits.weight)
         grid = None if bits.activation is None else ActivationGrid(1.0, 1, bits.activation)
-        stored.append(Stored(layer, weight, rounded, np.ones(output_channels(twin, layer)), grid))
+        stored.append(Stored(layer, None, rounded, np.ones(output_channels(twin, layer)), grid))
     grids = {site.tensors[0]: ActivationGrid(1.0, 1, site.bits) for site in sites}
     emit(twin, FORMATS[name].store, stored, sites, grids, signed)
     twin.commit()
@@ -163,7 +170,8 @@ def _blank(shape: tuple[int, ...], axis: int, bits: int) -> Rounded:
 def _values(stored: Stored) -> Values:
     stem, rounded = stored.layer.weight, stored.rounded
     if rounded is None:
-        return Values(stem, stored.weight, FLOAT_BITS, None, onnx.TensorProto.FLOAT)
+        assert stored.values is not None, stem
+        return Values(stem, stored.values, FLOAT_BITS, None, onnx.TensorProto.FLOAT)
     return _codes(stem, rounded, FLOAT if stored.grid is None else INTEGER)
 
 

@@ -31,10 +31,17 @@ class Stored:
     """One layer's solution."""
 
     layer: Layer
-    weight: npt.NDArray[np.float32]  # the shape of the model's weight
-    rounded: Rounded | None  # the same weight as codes; None: its values are float
+    values: npt.NDArray[np.float32] | None  # the shape of the model's weight, where they stay float
+    rounded: Rounded | None  # the weight as codes; None: its values are float
     bias: npt.NDArray[np.float64]  # [out]
     grid: ActivationGrid | None  # of the input; None: the input is float
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Of the model's weight."""
+        held = self.values if self.rounded is None else self.rounded.codes
+        assert held is not None, self.layer.name
+        return held.shape
 
 
 @dataclass(frozen=True, slots=True)

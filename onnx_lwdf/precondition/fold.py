@@ -15,7 +15,7 @@ import onnx
 
 from onnx_lwdf.errors import ModelError
 from onnx_lwdf.graph import Graph, attribute, node_name
-from onnx_lwdf.layers import Layer, bias_of, find_layers, set_bias, set_weight, weight_of
+from onnx_lwdf.layers import Layer, bias_of, blocks, change_weight, find_layers, set_bias, weight_of
 from onnx_lwdf.statistics import F64, ChannelStatistics
 
 
@@ -73,10 +73,9 @@ def _fold_factors(graph: Graph, node: onnx.NodeProto) -> None:
 
 
 def _apply(graph: Graph, layer: Layer, affine: Affine) -> None:
-    weight = weight_of(graph, layer)  # [groups, out, in]
     scale = affine.scale.reshape(layer.groups, -1, 1)
     bias = bias_of(graph, layer)
-    set_weight(graph, layer, weight * scale)
+    change_weight(graph, layer, lambda rows: weight_of(graph, layer, rows) * scale[:, rows])  # [groups, out, in]
     set_bias(graph, layer, bias * affine.scale + affine.shift)
 
 
@@ -145,7 +144,8 @@ def _stored(graph: Graph, node: onnx.NodeProto) -> ChannelStatistics | None:
 
 
 def _check_finite(graph: Graph, layer: Layer) -> None:
-    if not (np.isfinite(weight_of(graph, layer)).all() and np.isfinite(bias_of(graph, layer)).all()):
+    finite = all(np.isfinite(weight_of(graph, layer, rows)).all() for rows in blocks(graph, layer))
+    if not (finite and np.isfinite(bias_of(graph, layer)).all()):
         raise ModelError(f"layer {layer.name!r} has NaN or infinite weights; repair the model")
 
 

@@ -62,10 +62,28 @@ class Rounding:
 class LayerSolution:
     """What a solver answers."""
 
-    weight: F64  # [groups, out, in], as it is stored
+    values: F64 | None  # [groups, out, in], where they stay float
     rounding: Rounding | None  # None: the values stay float
     loss: float  # the quadratic error above
     notes: tuple[str, ...] = ()
+
+    @property
+    def weight(self) -> F64:
+        """[groups, out, in], as it is stored."""
+        return self.of(slice(None))
+
+    def of(self, rows: slice) -> F64:
+        """These output channels of each group of the weight."""
+        if self.rounding is not None:
+            return self.rounding.scale[:, rows, None] * self.rounding.codes[:, rows]
+        assert self.values is not None
+        return self.values[:, rows]
+
+    @property
+    def sparsity(self) -> float:
+        """The share of the weights that are 0."""
+        stored = self.weight if self.rounding is None else self.rounding.codes
+        return float(np.mean(stored == 0))
 
 
 def channel_loss(weight: F64, stored: F64, hessian: F64) -> F64:
@@ -83,4 +101,4 @@ def solution(problem: LayerProblem, codes: F64, scale: F64, notes: tuple[str, ..
     """The answer on the grid, with its loss."""
     weight = scale[..., None] * codes
     loss = float(channel_loss(problem.weight, weight, problem.hessian).sum())
-    return LayerSolution(weight, Rounding(codes.astype(np.int8), scale), loss, notes)
+    return LayerSolution(None, Rounding(codes.astype(np.int8), scale), loss, notes)

@@ -57,7 +57,7 @@ def prepared(model, bits):
     inputs, _ = read_inputs(graph, config, statistics)
     groups = find_groups(graph, layers)
     tensors = [name for layer in layers for name in (layer.input, layer.output)]
-    seen = synthesize(model, layers, tensors, statistics, draw_chunks(inputs, config), config)
+    seen = synthesize(graph, layers, tensors, statistics, draw_chunks(inputs, config), config)
     return graph, layers, groups, dict.fromkeys((layer.name for layer in layers), Bits(bits, bits)), seen
 
 
