@@ -77,7 +77,7 @@ def transformed(model):
     inputs, _ = read_inputs(graph, config, statistics)
     groups = find_groups(graph, layers)
     tensors = [name for layer in layers for name in (layer.input, layer.output)]
-    seen = synthesize(model, layers, tensors, statistics, draw_chunks(inputs, config), config)
+    seen = synthesize(Graph(model), layers, tensors, statistics, draw_chunks(inputs, config), config)
     plan = dict.fromkeys((layer.name for layer in layers), Bits(8, 8))
     transform.transform_groups(graph, groups, plan, seen, statistics, np.random.default_rng(0))
     graph.commit()
