@@ -31,6 +31,7 @@ from onnx_lwdf.mapped import Scratch
 from onnx_lwdf.model_io import Source, add_provenance, fix_initializers, inline_functions, raise_opset
 from onnx_lwdf.plan import plan_bits
 from onnx_lwdf.precision import halve, restore
+from onnx_lwdf.precondition.bounds import pixel_ranges
 from onnx_lwdf.precondition.channels import find_groups
 from onnx_lwdf.precondition.fold import fold
 from onnx_lwdf.precondition.readers import beside_gates
@@ -210,7 +211,8 @@ def _solve(source: Source, prepared: Prepared, chunks: Sequence[Feed], config: C
     plan = expected(prepared.plan, sizes, most) if config.auto_bits else prepared.plan
     rng = np.random.default_rng([config.seed, 3])
     statistics = {} if config.source == "data" else pruned.statistics
-    samples, statistics = transform_groups(graph, groups, plan, samples, statistics, rng)
+    pixels = pixel_ranges(graph, prepared.inputs)
+    samples, statistics = transform_groups(graph, groups, plan, samples, statistics, rng, pixels)
     if any(group.written or group.read for group in groups):  # there may be new nodes
         graph.commit()
         found = {layer.name: layer for layer in find_layers(graph)[0]}

@@ -15,10 +15,11 @@ joins the two. Where a Relu stands in between, A must be a positive diagonal: th
 
 Behind a Clip(0, c), a channel is multiplied by
 
-    c / min(c, beta + 12 |gamma|)
+    c / min(c, beta + 12 |gamma|, u)
 
-so that the Clip stands where the channel's own range ends, and all channels fill one grid. This step alone changes the
-float function, by values beyond 12 deviations: one in 20 million of Laplace's distribution.
+so that the Clip stands where the channel's own range ends, and all channels fill one grid; u is what no image exceeds,
+known behind the first layer. This step alone changes the float function, by values beyond 12 deviations: one in 20 million of
+Laplace's distribution.
 
 Beside a gate (h-swish, SiLU) one grid holds all channels best where each fills it, a = 1 / reach, of what beta +- 12 |gamma|
 allow and the gate tells apart; its error is counted through the slope of the gate.
@@ -31,6 +32,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from types import MappingProxyType
 
 import numpy as np
 
@@ -39,6 +41,7 @@ from onnx_lwdf.gates import Span, scale_input, scale_output
 from onnx_lwdf.graph import Graph
 from onnx_lwdf.grid import nearest, search_weight_grid
 from onnx_lwdf.layers import Bits, Layer, bias_of, set_bias, set_weight, weight_of
+from onnx_lwdf.precondition.bounds import Range, highest
 from onnx_lwdf.precondition.channels import ChannelGroup
 from onnx_lwdf.precondition.readers import Gated, beside_gates, by_channel, output_power
 from onnx_lwdf.ranges import ActivationGrid, grid_for, search_grid
@@ -76,15 +79,19 @@ def transform_groups(
     samples: Samples,
     statistics: Statistics,
     rng: np.random.Generator,
+    pixels: Mapping[str, Range] = MappingProxyType({}),
 ) -> tuple[Samples, Statistics]:
-    """Transform every channel group where that lowers the predicted error; the samples and statistics with it."""
+    """Transform every channel group where that lowers the predicted error; the samples and statistics with it.
+
+    `pixels`: tensors that carry the pixels of images -> their range.
+    """
     gated = beside_gates(graph, groups, samples, statistics)
     for group in groups:
         if any(plan[layer.name].activation is None for layer in _gridded(group)):
             continue
         if not group.consumers and not any(gate.input in gated.readings for gate in group.read):
             continue
-        candidates = [_identity(group), *_candidates(graph, group, samples, gated, statistics, rng)]
+        candidates = [_identity(group), *_candidates(graph, group, samples, gated, statistics, rng, pixels)]
         errors = [_predicted(graph, group, plan, samples, gated, candidate) for candidate in candidates]
         best = int(np.argmin(errors))
         if best and errors[best] < CLEAR_GAIN * errors[0]:
@@ -109,11 +116,13 @@ def _candidates(
     gated: Gated,
     statistics: Statistics,
     rng: np.random.Generator,
+    pixels: Mapping[str, Range],
 ) -> list[Transform]:
     if group.written or group.read:
         return _equalized(group, gated)
     if group.ceiling is not None:
-        return _stretched(group, group.ceiling, samples, statistics.get(group.producers[0].output))
+        (writer,) = group.producers
+        return _stretched(group, group.ceiling, samples, statistics.get(writer.output), highest(graph, writer, pixels))
     matrix = group.linear and group.channels <= MOST_CHANNELS and all(layer.groups == 1 for layer in _layers(group))
     shift = _shifts(graph, group, samples) if group.linear else {}
     covariance, sensitivity = _moments(graph, group, samples, shift)
@@ -130,16 +139,18 @@ def _candidates(
 
 
 def _stretched(
-    group: ChannelGroup, ceiling: float, samples: Samples, known: ChannelStatistics | None
+    group: ChannelGroup, ceiling: float, samples: Samples, known: ChannelStatistics | None, bound: F64
 ) -> list[Transform]:
     """Every channel fills the range up to the Clip's ceiling; what the samples hold is never cut.
+
+    bound [channels]: what no channel exceeds, whatever the image.
 
     Nothing where BatchNormalization is not stored: samples of rare activations end far below these.
     """
     if known is None or known.gamma is None:
         return []
     seen = np.max([samples.values[reader.input].max(1) for reader in group.consumers], axis=0)
-    reach = np.maximum(known.mean + DEVIATIONS * known.gamma, seen)
+    reach = np.maximum(np.minimum(known.mean + DEVIATIONS * known.gamma, bound), seen)
     alive = reach > ceiling / MOST_STRETCHED
     factor = ceiling / np.where(alive, np.minimum(reach, ceiling), ceiling)
     return [Transform(np.diag(factor), np.diag(1 / factor), {}, ceiling)]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import numpy as np
 import onnx
 import pytest
@@ -13,6 +15,7 @@ from onnx_lwdf.config import Config
 from onnx_lwdf.graph import Graph
 from onnx_lwdf.layers import Bits, find_layers
 from onnx_lwdf.precondition import transform
+from onnx_lwdf.precondition.bounds import highest
 from onnx_lwdf.precondition.channels import find_groups
 from onnx_lwdf.precondition.fold import fold
 from tests.nets import answers, residual, samples, with_weights
@@ -145,6 +148,24 @@ def test_channels_fill_the_range_below_a_clip(monkeypatch):
     assert not (factor * before[0] > 6.001).any()
     np.testing.assert_allclose(known["b"].gamma, factor.ravel() * gamma, rtol=1e-6)
     assert moved.values["d"].max() <= 6
+
+
+def test_pixels_bound_what_a_channel_behind_them_reaches(monkeypatch):
+    """Nearer than 12 |gamma|, and exact: black to white images of any kind pass the moved Clip unchanged."""
+    monkeypatch.setattr(transform, "_predicted", lambda *arguments: 0.0 if arguments[-1].ceiling else 1.0)
+    graph, _, groups, plan, seen = prepared(clipped(), 6)
+    rng = np.random.default_rng(1)
+    images = {"x": rng.choice([-0.05, 0.05], (64, 3, 8, 8)).astype(np.float32)}
+    before, statistics = behind_clip(graph, images), fold(Graph(clipped()))
+    small = dataclasses.replace(seen, values={**seen.values, "d": 0.01 * seen.values["d"]})
+    ranges = {"x": (-0.05, 0.05)}
+    bound = highest(graph, groups[0].producers[0], ranges)
+    transform.transform_groups(graph, groups, plan, small, statistics, np.random.default_rng(0), ranges)
+    gamma, beta = np.abs([0.02, 0.05, 0.1, 0.2, 0.3, 0.4, 1.0, 2.0]), np.linspace(-0.1, 0.2, 8)
+    assert (bound < beta + 12 * gamma).any()
+    reach = np.maximum(np.minimum(np.minimum(6, beta + 12 * gamma), bound), small.values["d"].max(1))
+    factor = np.where(reach > 6 / 256, 6 / np.maximum(reach, 6 / 256), 1.0)[:, None, None]
+    np.testing.assert_allclose(behind_clip(graph, images), factor * before, rtol=1e-5, atol=1e-5)
 
 
 def test_a_clip_stays_as_it_is_where_no_batchnormalization_tells_the_range():

@@ -1,0 +1,37 @@
+"""Bounds that hold for every image: pixels have a range, and so has what a layer makes of them.
+
+y <= b + sum_k max(w_k low, w_k high, 0),    low <= x <= high; the 0 stands for padding
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+
+from onnx_lwdf.activations.inputs import InputSpec
+from onnx_lwdf.graph import Graph
+from onnx_lwdf.layers import Layer, bias_of, weight_of
+from onnx_lwdf.solvers.problem import F64
+
+SAME_VALUES = ("Transpose", "Identity")
+
+Range = tuple[float, float]
+
+
+def pixel_ranges(graph: Graph, inputs: Sequence[InputSpec]) -> dict[str, Range]:
+    """Tensor -> the lowest and the highest value that a pixel becomes; of inputs whose normalization is known."""
+    ranges = {spec.name: spec.normalization.range for spec in inputs if spec.normalization and spec.inferred}
+    for node in graph.nodes:
+        if node.op_type in SAME_VALUES and node.input[0] in ranges:
+            ranges[node.output[0]] = ranges[node.input[0]]
+    return ranges
+
+
+def highest(graph: Graph, layer: Layer, ranges: Mapping[str, Range]) -> F64:
+    """What no output channel of the layer exceeds, [out of all groups]; infinite where its input has no known range."""
+    if layer.input not in ranges:
+        return np.full(bias_of(graph, layer).shape, np.inf)
+    low, high = ranges[layer.input]
+    weight = weight_of(graph, layer)  # [groups, out, in]
+    return bias_of(graph, layer) + np.maximum(np.maximum(weight * low, weight * high), 0).sum(-1).ravel()
