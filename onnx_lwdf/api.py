@@ -67,7 +67,7 @@ def compress(
     fail_under: float | None = None,
     max_size: float | None = None,
     jobs: int | None = None,
-    samples: int = 64,
+    samples: int = 128,
     seed: int = 0,
     save_as_external_data: bool = False,
     force: bool = False,

@@ -274,7 +274,7 @@ _SOME_BITS = click.IntRange(BITS.start, BITS.stop - 1)
 @click.option("--json", "as_json", is_flag=True, help="The report as JSON on stdout, nothing else.")
 @click.option("-j", "--jobs", type=click.IntRange(min=1), metavar="N", help="Layers in parallel. [default: all cores]")
 @click.option(
-    "--samples", type=click.IntRange(min=1), metavar="N", default=64, show_default=True, help="Synthetic inputs."
+    "--samples", type=click.IntRange(min=1), metavar="N", default=128, show_default=True, help="Synthetic inputs."
 )
 @click.option(
     "--seed", type=click.IntRange(min=0), metavar="N", default=0, show_default=True, help="Of the synthetic inputs."

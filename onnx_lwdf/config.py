@@ -59,7 +59,7 @@ class Config:
     fail_under: float | None = None  # dB at the outputs
     max_size: float | None = None  # of the file: bytes, or a share of the source's size where it is at most 1
     jobs: int | None = None  # None: all cores
-    samples: int = 64
+    samples: int = 128
     seed: int = 0
     save_as_external_data: bool = False
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 
@@ -33,10 +35,14 @@ def parts():
     return graph, layers, plan, sites, samples, inputs, chunks[0], config
 
 
-@pytest.mark.parametrize(("second", "taken"), [(0.89, 3.0), (0.91, 2.0), (1.1, 2.0)])
-def test_the_power_is_chosen_by_the_noise(parts, second, taken, monkeypatch):
-    """A wider range for the unbounded tensors where that leaves clearly less noise; the others have one answer."""
+@pytest.mark.parametrize(
+    ("bits", "second", "taken"),
+    [(6, 0.89, 3.0), (6, 0.91, 2.0), (6, 1.1, 2.0), (8, 0.89, 3.0), (8, 0.99, 3.0), (8, 1.01, 2.0)],
+)
+def test_the_power_is_chosen_by_the_noise(parts, bits, second, taken, monkeypatch):
+    """A wider range for the unbounded tensors where that leaves less noise, clearly so below 8 bits; bounded ones have one."""
     graph, layers, plan, sites, samples, inputs, feed, config = parts
+    sites = [replace(site, bits=bits) for site in sites]
     free = [site for site in sites if site.low is None and site.high is None]
     answers = {2.0: calibration._grids(graph, layers, sites, samples, inputs, config, 2.0)}
     answers[3.0] = answers[2.0] | calibration._grids(graph, layers, free, samples, inputs, config, 3.0)
