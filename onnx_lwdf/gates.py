@@ -33,7 +33,6 @@ CURVED = (
 )
 PASSING = ("MaxPool", "AveragePool", "GlobalAveragePool", "BatchNormalization", "Pad", "Resize", "Upsample")
 HALF_A_CODE = 1 / 512  # of a channel's range in 8 bits: what differs by less is the same
-DEVIATIONS = 12.0  # from its mean that a channel may reach: beyond lies one in 20 million of Laplace's distribution
 BEYOND = 2.0  # times what the samples reach, where no BatchNormalization tells
 POINTS = 129  # of f, over what a channel may reach
 
@@ -93,10 +92,9 @@ def find_gates(graph: Graph, layers: Sequence[Layer]) -> list[Gate]:
 def reach(values: Array, known: ChannelStatistics | None) -> Span:
     """What a tensor's channels may reach: samples [channels, values] know nothing of the tails."""
     low, high = values.min(1).astype(np.float64), values.max(1).astype(np.float64)
-    if known is None or known.gamma is None:
+    if known is None or known.far is None:
         return Span(BEYOND * low, BEYOND * high)
-    far = DEVIATIONS * known.gamma
-    return Span(np.minimum(low, known.mean - far), np.maximum(high, known.mean + far))
+    return Span(np.minimum(low, known.mean - known.far), np.maximum(high, known.mean + known.far))
 
 
 def response(graph: Graph, gate: Gate, values: Array, known: ChannelStatistics | None) -> Response:

@@ -21,6 +21,9 @@ from onnx_lwdf.layers import WEIGHTED
 
 F64 = npt.NDArray[np.float64]
 
+# From its mean that a channel may reach: beyond lies exp(-sqrt(2) 12) of Laplace's distribution, one value in 20 million.
+DEVIATIONS = 12.0
+
 
 @dataclass(frozen=True, slots=True)
 class ChannelStatistics:
@@ -29,6 +32,11 @@ class ChannelStatistics:
     mean: F64  # [channels]
     deviation: F64  # [channels]
     gamma: F64 | None = None  # [channels], |gamma| of the BatchNormalization; None where there is none
+
+    @property
+    def far(self) -> F64 | None:
+        """[channels]: how far from its mean a channel may reach, 12 |gamma|; None without a BatchNormalization."""
+        return None if self.gamma is None else DEVIATIONS * self.gamma
 
     def through(self, scale: F64, shift: F64) -> ChannelStatistics:
         """Of scale x + shift; both [channels]."""

@@ -54,9 +54,6 @@ GEODESIC = (0.0, 0.25, 0.5)
 BELOW = (1 / 16, 1 / 8, 1 / 4, 1 / 2, 1.0)  # what a grid beside a gate has below 0, to what it has above
 RIDGE = 1e-3  # of the largest eigenvalue: directions that hardly occur are not stretched without end
 MOST_ROWS = 64  # of a weight, for the prediction
-DEVIATIONS = (
-    12.0  # above its mean that a channel may reach behind a Clip: beyond lies exp(-sqrt(2) 12) of Laplace's tail
-)
 MOST_STRETCHED = 256.0  # a weaker channel has less than one code in 8 bits: it is dead, and stays so
 CLEAR_GAIN = 0.97  # a transform must lower the predicted error by more than the prediction's own noise
 MOST_CHANNELS = 1024  # of a matrix transform: it costs channels^3
@@ -147,10 +144,10 @@ def _stretched(
 
     Nothing where BatchNormalization is not stored: samples of rare activations end far below these.
     """
-    if known is None or known.gamma is None:
+    if known is None or known.far is None:
         return []
     seen = np.max([samples.values[reader.input].max(1) for reader in group.consumers], axis=0)
-    reach = np.maximum(np.minimum(known.mean + DEVIATIONS * known.gamma, bound), seen)
+    reach = np.maximum(np.minimum(known.mean + known.far, bound), seen)
     alive = reach > ceiling / MOST_STRETCHED
     factor = ceiling / np.where(alive, np.minimum(reach, ceiling), ceiling)
     return [Transform(np.diag(factor), np.diag(1 / factor), {}, ceiling)]
