@@ -69,11 +69,15 @@ def _no_correction(weight: F64, stored: F64, mean: F64, stored_mean: F64) -> F64
     return np.zeros(weight.shape[:2])
 
 
-def _no_transform(graph: Graph, groups: object, plan: object, samples: Any, statistics: Any, rng: object) -> Any:
+def _no_transform(
+    graph: Graph, groups: object, plan: object, samples: Any, statistics: Any, rng: object, pixels: object
+) -> Any:
     return samples, statistics
 
 
-def _not_stretched(group: object, ceiling: float, samples: object, known: object) -> list[transform.Transform]:
+def _not_stretched(
+    group: object, ceiling: float, samples: object, known: object, bound: object
+) -> list[transform.Transform]:
     return []
 
 
