@@ -22,6 +22,10 @@ PROTOBUF_LIMIT_BYTES = 2**31 - 2**20  # a ModelProto above 2 GiB does not serial
 WARNINGS, ERRORS_ONLY, NOTHING = 2, 3, 4  # onnxruntime's log levels; WARNINGS is its default
 
 # What would make changed copies of weights; of a model whose weights are mapped it is left out.
+OLDEST_MAPPED = (
+    1,
+    20,
+)  # 1.19.2 looks for some mapped files in the working folder; between that and 1.32 nothing was tried
 COPYING = ("ConstantFolding", "ConvBNFusion", "ConvMulFusion", "MatMul_BatchNormalization_Fusion")
 
 STANDARD = ("", "ai.onnx", "ai.onnx.ml")  # domains of ONNX's own operators
@@ -50,6 +54,8 @@ def open_session(
         options.optimized_model_filepath = str(optimized_path)
     skipped: list[str] = []
     if isinstance(model, onnx.ModelProto) and has_mapped(model):
+        if not maps():
+            raise ModelError(f"onnxruntime {ort.__version__} is too old for more than 2 GiB of weights; upgrade it")
         options.add_session_config_entry("session.model_external_initializers_file_folder_path", str(ROOT))
         options.add_session_config_entry("session.disable_prepacking", "1")
         if optimize:  # beyond this level weights are laid out anew
@@ -67,6 +73,11 @@ def open_session(
             return ort.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
     except Exception as error:  # onnxruntime raises many unrelated pybind11 types
         raise ModelError(f"onnxruntime cannot load the model: {first_line(error)}") from error
+
+
+def maps() -> bool:
+    """Whether this onnxruntime runs models whose weights are mapped."""
+    return tuple(int(part) for part in ort.__version__.split(".")[:2]) >= OLDEST_MAPPED
 
 
 def unloadable(model: onnx.ModelProto) -> str | None:
