@@ -28,9 +28,7 @@ from onnx_lwdf.runtime import open_session, run
 from onnx_lwdf.sites import Site, behind_activation, clip_bounds
 
 POWERS = (2.0, 3.0)  # of the error
-CLEAR_GAIN = (
-    0.9  # what the noise of the second must fall to below 8 bits: smaller differences are chance, from seed to seed
-)
+CLEAR_GAIN = 0.9  # what the noise of the second must fall to below 8 bits: less is chance, from seed to seed
 
 
 def calibrate(

@@ -24,6 +24,7 @@ from onnx_lwdf.emit import FORMATS, emit, oldest_opset, operators
 from onnx_lwdf.emit.rebuilt import rebuilt
 from onnx_lwdf.emit.stored import Rounded, Stored
 from onnx_lwdf.errors import ModelError
+from onnx_lwdf.gates import Span
 from onnx_lwdf.graph import Graph, node_name
 from onnx_lwdf.layers import Bits, Layer, Pruning, Skipped, find_layers, from_canonical, output_axis, sources, weight_of
 from onnx_lwdf.layerwise import Solved, solve_layers
@@ -213,15 +214,16 @@ def _solve(source: Source, prepared: Prepared, chunks: Sequence[Feed], config: C
     statistics = {} if config.source == "data" else pruned.statistics
     pixels = pixel_ranges(graph, prepared.inputs)
     samples, statistics = transform_groups(graph, groups, plan, samples, statistics, rng, pixels)
+    spans: Mapping[str, Span] = {}
     if any(group.written or group.read for group in groups):  # there may be new nodes
         graph.commit()
         found = {layer.name: layer for layer in find_layers(graph)[0]}
         layers = [found[layer.name] for layer in layers]
-    gated = beside_gates(graph, find_groups(graph, layers), samples, statistics)
+        spans = beside_gates(graph, find_groups(graph, layers), samples, statistics).spans
     on_layer(Progress("precondition", "", 1, 1))
 
     pruning = share_budget(graph, layers, prepared.pruning, samples, chunks[0], config)
-    grids = calibrate(graph, layers, plan, sites, samples, prepared.inputs, chunks[0], config, gated.spans)
+    grids = calibrate(graph, layers, plan, sites, samples, prepared.inputs, chunks[0], config, spans)
     tradeoff: tuple[Point, ...] = ()
     if config.auto_bits:
         plan, tradeoff = choose_bits(graph, layers, plan, pruning, grids, samples, chunks[0], sizes, config, most)

@@ -1,6 +1,8 @@
-"""Bounds that hold for every image: pixels have a range, and so has what a layer makes of them.
+"""Bounds that hold for every image: pixels have a range, and so has what a layer makes of them. For low <= x <= high
 
-y <= b + sum_k max(w_k low, w_k high, 0),    low <= x <= high; the 0 stands for padding
+    y <= b + sum_k max(w_k low, w_k high, 0)
+
+where the 0 stands for padding.
 """
 
 from __future__ import annotations
