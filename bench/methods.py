@@ -28,6 +28,7 @@ from onnx_lwdf.activations.data import load
 from onnx_lwdf.activations.inputs import InputSpec, read_inputs
 from onnx_lwdf.graph import Graph
 from onnx_lwdf.precondition import transform
+from onnx_lwdf.precondition.copies import Copied
 from onnx_lwdf.precondition.fold import fold
 from onnx_lwdf.ranges import F64, ActivationGrid, grid_for
 from onnx_lwdf.runtime import open_session, run
@@ -70,9 +71,19 @@ def _no_correction(weight: F64, stored: F64, mean: F64, stored_mean: F64) -> F64
 
 
 def _no_transform(
-    graph: Graph, groups: object, plan: object, samples: Any, statistics: Any, rng: object, pixels: object
+    graph: Graph, groups: object, plan: object, samples: Any, statistics: Any, gradients: Any, pixels: object
 ) -> Any:
-    return samples, statistics
+    return samples, statistics, gradients
+
+
+def _no_copies(
+    graph: Graph, layers: Any, groups: object, grids: object, samples: Any, statistics: Any, *_: object
+) -> Copied:
+    return Copied(layers, samples, statistics, {})
+
+
+def _no_gradients(*_: object) -> Mapping[str, Any]:
+    return {}
 
 
 def _not_stretched(
@@ -84,17 +95,23 @@ def _not_stretched(
 OBSERVED: Replacement = (calibration, "search_grid", _observed_range)
 SQUARED: Replacement = (calibration, "POWERS", (2.0, 2.0))
 UNCORRECTED: Replacement = (layerwise, "mean_correction", _no_correction)
-UNTRANSFORMED: Replacement = (STEPS, "transform_groups", _no_transform)
+UNTRANSFORMED: Sequence[Replacement] = (
+    (STEPS, "transform_groups", _no_transform),
+    (STEPS, "copy_channels", _no_copies),
+    (STEPS, "sensitivities", _no_gradients),
+)
 EQUALIZED: Sequence[Replacement] = (
     (transform, "MOST_CHANNELS", 0),  # of matrix transforms: diagonals remain
     (transform, "_stretched", _not_stretched),
+    (STEPS, "copy_channels", _no_copies),
+    (STEPS, "sensitivities", _no_gradients),
 )
 
 METHODS: Mapping[str, Method] = {
     "nearest": Method(
         "nearest rounding; activation ranges from the smallest to the largest sample",
         {"method": "rtn", "recalibrate": False},
-        (OBSERVED, UNCORRECTED, UNTRANSFORMED),
+        (OBSERVED, UNCORRECTED, *UNTRANSFORMED),
     ),
     "DFQ": Method(
         "equalization, nearest rounding, bias correction; Gaussian draws from the statistics give means and ranges",
@@ -104,7 +121,7 @@ METHODS: Mapping[str, Method] = {
     "SQuant": Method(
         "roundings flipped until the error sums cancel; Gaussian draws give the ranges",
         {"method": "squant", "recalibrate": False, "activations_from": "gaussian"},
-        (OBSERVED, UNCORRECTED, UNTRANSFORMED),
+        (OBSERVED, UNCORRECTED, *UNTRANSFORMED),
     ),
     "paper": Method(
         "equalization, Gaussian draws as layer inputs, each layer solved on them, ranges of least error, bias correction",

@@ -19,15 +19,17 @@ from onnx_lwdf.activations.taps import Feed, Samples
 from onnx_lwdf.config import TARGETS, Config
 from onnx_lwdf.emit import qdq
 from onnx_lwdf.gates import Span
+from onnx_lwdf.gradients import Sensitivities
 from onnx_lwdf.graph import Graph
 from onnx_lwdf.influence import TINY, numbers, power_share, relative_error
 from onnx_lwdf.layers import Bits, Layer, blocks, find_layers, set_bias, shape_of, weight_of
 from onnx_lwdf.layerwise import bias_behind_grid
-from onnx_lwdf.ranges import F64, ActivationGrid, grid_for, search_grid
+from onnx_lwdf.ranges import F64, ActivationGrid, grid_for, search_grid, widened
 from onnx_lwdf.runtime import open_session, run
 from onnx_lwdf.sites import Site, behind_activation, clip_bounds
 
 POWERS = (2.0, 3.0)  # of the error
+POOLED = 1.5  # times what synthetic images show: an object fills more of a picture than they do
 CLEAR_GAIN = 0.9  # what the noise of the second must fall to below 8 bits: less is chance, from seed to seed
 
 
@@ -41,12 +43,13 @@ def calibrate(
     feed: Feed,
     config: Config,
     spans: Mapping[str, Span] = MappingProxyType({}),
+    gradients: Sensitivities = MappingProxyType({}),
 ) -> dict[str, ActivationGrid]:
     """Tensor name -> grid; all tensors of a site share one. `feed` holds samples of the model's inputs."""
     squared, cubed = POWERS
-    found = _grids(graph, layers, sites, samples, inputs, config, squared, spans)
+    found = _grids(graph, layers, sites, samples, inputs, config, squared, spans, gradients)
     unbounded = [site for site in sites if site.low is None and site.high is None]
-    other = found | _grids(graph, layers, unbounded, samples, inputs, config, cubed, spans)
+    other = found | _grids(graph, layers, unbounded, samples, inputs, config, cubed, spans, gradients)
     if other == found:
         return found
     noises = [grid_noise(graph, layers, plan, sites, grids, samples, feed, config)[0] for grids in (found, other)]
@@ -62,7 +65,8 @@ def _grids(
     inputs: Sequence[InputSpec],
     config: Config,
     power: float,
-    spans: Mapping[str, Span] = MappingProxyType({}),
+    spans: Mapping[str, Span],
+    gradients: Sensitivities,
 ) -> dict[str, ActivationGrid]:
     """The grids of the least sum of |error|^power; with 8 bits over the whole span, where that is known."""
     symmetric = TARGETS[config.target].symmetric_activations
@@ -75,18 +79,31 @@ def _grids(
             span = spans[site.tensors[0]]
             grid = grid_for(float(span.low.min()), float(span.high.max()), site.bits, symmetric)
         else:
-            values, weights = _weighted_values(graph, layers, site, samples)
+            values, weights = _weighted_values(graph, layers, site, samples, gradients)
             grid = search_grid(values, weights, site.bits, site.low, site.high, symmetric, power)
+            if site.bits == 8 and _pooled(graph, site):
+                grid = widened(grid, POOLED, symmetric)
         grids.update(dict.fromkeys(site.tensors, grid))
     return grids
 
 
-def _weighted_values(graph: Graph, layers: Sequence[Layer], site: Site, samples: Samples) -> tuple[F64, F64]:
-    """Samples of the site's values, weighted by how strongly the network depends on each channel, two layers ahead."""
+def _pooled(graph: Graph, site: Site) -> bool:
+    return site.tensors[0] in graph.producer and graph.producer[site.tensors[0]].op_type == "GlobalAveragePool"
+
+
+def _weighted_values(
+    graph: Graph, layers: Sequence[Layer], site: Site, samples: Samples, gradients: Sensitivities
+) -> tuple[F64, F64]:
+    """Samples of the site's values, weighted by how strongly the outputs depend on each channel; where gradients are not
+    known, by how strongly the network does two layers ahead.
+    """
+    exact = samples.values[site.tensors[0]].astype(np.float64)
+    known = gradients.get(site.tensors[0])
+    if known is not None and len(known) == len(exact):
+        return exact.ravel(), np.repeat(np.diag(known), exact.shape[1])
     readers = [layer for layer in layers if layer.input in site.tensors]
     if not readers:
-        values = samples.values[site.tensors[0]].astype(np.float64)
-        return values.ravel(), np.ones(values.size)
+        return exact.ravel(), np.ones(exact.size)
     parts, weights = [], []
     for layer in readers:
         values = samples.values[layer.input].astype(np.float64)  # [channels, values]

@@ -13,6 +13,7 @@ from onnx_lwdf.activations.inputs import InputSpec, find_inputs, read_inputs, un
 from onnx_lwdf.activations.isotropic import isotropic
 from onnx_lwdf.activations.recovered import recover
 from onnx_lwdf.activations.sampler import draw_chunks, synthesize
+from onnx_lwdf.activations.sources import SOURCES
 from onnx_lwdf.activations.taps import CHUNK, Feed, Samples
 from onnx_lwdf.batch import FixedBatch, fix_batch, free_batch
 from onnx_lwdf.calibration import calibrate
@@ -25,6 +26,7 @@ from onnx_lwdf.emit.rebuilt import rebuilt
 from onnx_lwdf.emit.stored import Rounded, Stored
 from onnx_lwdf.errors import ModelError
 from onnx_lwdf.gates import Span
+from onnx_lwdf.gradients import Sensitivities, sensitivities
 from onnx_lwdf.graph import Graph, node_name
 from onnx_lwdf.layers import Bits, Layer, Pruning, Skipped, find_layers, from_canonical, output_axis, sources, weight_of
 from onnx_lwdf.layerwise import Solved, solve_layers
@@ -34,6 +36,7 @@ from onnx_lwdf.plan import plan_bits
 from onnx_lwdf.precision import halve, restore
 from onnx_lwdf.precondition.bounds import pixel_ranges
 from onnx_lwdf.precondition.channels import find_groups
+from onnx_lwdf.precondition.copies import copy_channels
 from onnx_lwdf.precondition.fold import fold
 from onnx_lwdf.precondition.readers import beside_gates
 from onnx_lwdf.precondition.transform import transform_groups
@@ -210,10 +213,11 @@ def _solve(source: Source, prepared: Prepared, chunks: Sequence[Feed], config: C
     sizes = _sizes(source, graph, layers, sites, config)
     most = config.most_bytes(source.size_bytes)
     plan = expected(prepared.plan, sizes, most) if config.auto_bits else prepared.plan
-    rng = np.random.default_rng([config.seed, 3])
     statistics = {} if config.source == "data" else pruned.statistics
     pixels = pixel_ranges(graph, prepared.inputs)
-    samples, statistics = transform_groups(graph, groups, plan, samples, statistics, rng, pixels)
+    gradients = _gradients(graph, layers, samples, statistics, chunks, config)
+    on_layer(Progress("gradients", "", 1, 1))
+    samples, statistics, gradients = transform_groups(graph, groups, plan, samples, statistics, gradients, pixels)
     spans: Mapping[str, Span] = {}
     if any(group.written or group.read for group in groups):  # there may be new nodes
         graph.commit()
@@ -223,14 +227,38 @@ def _solve(source: Source, prepared: Prepared, chunks: Sequence[Feed], config: C
     on_layer(Progress("precondition", "", 1, 1))
 
     pruning = share_budget(graph, layers, prepared.pruning, samples, chunks[0], config)
-    grids = calibrate(graph, layers, plan, sites, samples, prepared.inputs, chunks[0], config, spans)
+    grids = calibrate(graph, layers, plan, sites, samples, prepared.inputs, chunks[0], config, spans, gradients)
+    notes = dict(pruned.notes)
+    if not any(one.asked for one in pruning.values()):
+        groups = find_groups(graph, layers)
+        copied = copy_channels(graph, layers, groups, grids, samples, statistics, gradients, chunks[0])
+        layers, samples, statistics = copied.layers, copied.samples, copied.statistics
+        notes |= copied.notes
+        sizes = _sizes(source, graph, layers, sites, config)
     tradeoff: tuple[Point, ...] = ()
     if config.auto_bits:
         plan, tradeoff = choose_bits(graph, layers, plan, pruning, grids, samples, chunks[0], sizes, config, most)
         on_layer(Progress("bits", "", 1, 1))
     shared = replace(prepared, layers=layers, pruning=pruning)
     solved = _answers(shared, plan, grids, samples, config, on_layer)
-    return _Work(shared, layers, statistics, sites, grids, solved, pruned.kept, pruned.notes, tradeoff)
+    return _Work(shared, layers, statistics, sites, grids, solved, pruned.kept, notes, tradeoff)
+
+
+def _gradients(
+    graph: Graph,
+    layers: Sequence[Layer],
+    samples: Samples,
+    statistics: Statistics,
+    chunks: Sequence[Feed],
+    config: Config,
+) -> Sensitivities:
+    """Nothing where activations stay float, and where the weights are too large for memory."""
+    if config.activation_bits is None or graph.scratch is not None:
+        return {}
+    rng = np.random.default_rng([config.seed, 3])
+    rows = {name for layer in layers if layer.window is None for name in (layer.input, layer.output)}
+    tensors = [*samples.values, *(layer.output for layer in layers)]
+    return sensitivities(graph.snapshot(), tensors, rows, chunks, rng, statistics, SOURCES[config.source])
 
 
 def _answers(

@@ -59,6 +59,12 @@ def grid_for(low: float, high: float, bits: int, symmetric: bool = False) -> Act
     return ActivationGrid(float(scale), zero_point, bits)
 
 
+def widened(grid: ActivationGrid, factor: float, symmetric: bool = False) -> ActivationGrid:
+    """The grid over so many times the range."""
+    low, high = -grid.zero_point * grid.scale, (grid.levels - grid.zero_point) * grid.scale
+    return grid_for(low * factor, high * factor, grid.bits, symmetric)
+
+
 def search_grid(
     values: F64,
     weights: F64,

@@ -44,8 +44,8 @@ def test_the_power_is_chosen_by_the_noise(parts, bits, second, taken, monkeypatc
     graph, layers, plan, sites, samples, inputs, feed, config = parts
     sites = [replace(site, bits=bits) for site in sites]
     free = [site for site in sites if site.low is None and site.high is None]
-    answers = {2.0: calibration._grids(graph, layers, sites, samples, inputs, config, 2.0)}
-    answers[3.0] = answers[2.0] | calibration._grids(graph, layers, free, samples, inputs, config, 3.0)
+    answers = {2.0: calibration._grids(graph, layers, sites, samples, inputs, config, 2.0, {}, {})}
+    answers[3.0] = answers[2.0] | calibration._grids(graph, layers, free, samples, inputs, config, 3.0, {}, {})
     noises = iter([(1.0, 1.0), (second, 1.0)])
     monkeypatch.setattr(calibration, "grid_noise", lambda *_: next(noises))
     found = calibrate(graph, layers, plan, sites, samples, inputs, feed, config)

@@ -149,7 +149,7 @@ def sample(
     batch = max((len(value) for value in chunks[0].values() if value.ndim), default=1)
     total = batch * len(chunks)
     aligned = {
-        name: _replace(graph, name, align, known[name], (batch, *shapes[name][1:]))
+        name: replace_aligned(graph, name, align, known[name], (batch, *shapes[name][1:]))
         for name in known
         if align is not None
     }
@@ -164,7 +164,7 @@ def sample(
     return samples
 
 
-def _replace(graph: Graph, tensor: str, align: Align, known: ChannelStatistics, shape: tuple[int, ...]) -> str:
+def replace_aligned(graph: Graph, tensor: str, align: Align, known: ChannelStatistics, shape: tuple[int, ...]) -> str:
     """Let all readers of the tensor read its aligned version; the new tensor's name."""
     readers = list(graph.consumers[tensor])
     aligned = align(graph, tensor, known, shape)

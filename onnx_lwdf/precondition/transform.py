@@ -2,9 +2,10 @@
 
 For a group with values t, covariance S = E[t t^T] and reading weights W, the transformed tensor is A t and the readers
 become W A^-1; the network's function stays. With G = W^T W the error of a grid on t, at the layers' outputs, is
-proportional to the range of A t squared times tr(A^-T G A^-1). For random directions it is least at
+proportional to the range of A t squared times tr(A^-T G A^-1). Where the gradients of the model's outputs are known, G is
+their second moment at t instead, and errors count as they show there. For random directions the error is least at
 
-    A = R M^(1/2),    M = S^-1 #_(1/2) G    (the geometric mean of S^-1 and G),    R a rotation,
+    A = R M^(1/2),    M = S^-1 #_(1/2) G    (the geometric mean of S^-1 and G),    R a rotation (rotation.py),
 
 and the error of rounding W depends on the evenness of W A^-1 instead, which M = G serves best; the geodesic
 
@@ -38,12 +39,14 @@ import numpy as np
 
 from onnx_lwdf.activations.taps import Moments, Samples
 from onnx_lwdf.gates import Span, scale_input, scale_output
+from onnx_lwdf.gradients import Sensitivities
 from onnx_lwdf.graph import Graph
 from onnx_lwdf.grid import nearest, search_weight_grid
 from onnx_lwdf.layers import Bits, Layer, bias_of, set_bias, set_weight, weight_of
 from onnx_lwdf.precondition.bounds import Range, highest
 from onnx_lwdf.precondition.channels import ChannelGroup
 from onnx_lwdf.precondition.readers import Gated, beside_gates, by_channel, output_power
+from onnx_lwdf.precondition.rotation import spreading
 from onnx_lwdf.ranges import ActivationGrid, grid_for, search_grid
 from onnx_lwdf.sites import JOIN_BITS
 from onnx_lwdf.solvers.gptq import conditional_variances
@@ -75,10 +78,10 @@ def transform_groups(
     plan: Mapping[str, Bits],
     samples: Samples,
     statistics: Statistics,
-    rng: np.random.Generator,
+    gradients: Sensitivities = MappingProxyType({}),
     pixels: Mapping[str, Range] = MappingProxyType({}),
-) -> tuple[Samples, Statistics]:
-    """Transform every channel group where that lowers the predicted error; the samples and statistics with it.
+) -> tuple[Samples, Statistics, Sensitivities]:
+    """Transform every channel group where that lowers the predicted error; the samples, statistics and gradients with it.
 
     `pixels`: tensors that carry the pixels of images -> their range.
     """
@@ -88,13 +91,32 @@ def transform_groups(
             continue
         if not group.consumers and not any(gate.input in gated.readings for gate in group.read):
             continue
-        candidates = [_identity(group), *_candidates(graph, group, samples, gated, statistics, rng, pixels)]
-        errors = [_predicted(graph, group, plan, samples, gated, candidate) for candidate in candidates]
+        candidates = [_identity(group), *_candidates(graph, group, samples, gated, statistics, gradients, pixels)]
+        errors = [_predicted(graph, group, plan, samples, gated, gradients, candidate) for candidate in candidates]
         best = int(np.argmin(errors))
         if best and errors[best] < CLEAR_GAIN * errors[0]:
             samples = _apply(graph, group, samples, candidates[best])
             statistics = _transformed_statistics(statistics, group, candidates[best])
-    return samples, statistics
+            inside = gradients.keys() & set(group.tensors)
+            gradients = {**gradients, **{name: _seen(gradients[name], candidates[best]) for name in inside}}
+    return samples, statistics, gradients
+
+
+def _seen(gradient: F64, transform: Transform) -> F64:
+    """S of A t."""
+    return np.asarray(transform.inverse.T @ gradient @ transform.inverse)
+
+
+def _with_gradients(group: ChannelGroup, samples: Samples, gradients: Sensitivities) -> list[str]:
+    """The group's tensors that have a grid, where all gradients that its errors need are known; else none."""
+    inputs = [layer.input for layer in group.consumers]
+    needed = [*inputs, *(layer.output for layer in (*group.consumers, *group.producers))]
+    if group.written or group.read or any(name not in gradients for name in needed):
+        return []
+    if any(len(gradients[name]) != group.channels for name in group.tensors if name in gradients):
+        return []
+    sampled = [name for name in group.tensors if name in gradients and name in samples.values]
+    return sampled if group.linear else list(dict.fromkeys(inputs))
 
 
 def _gridded(group: ChannelGroup) -> list[Layer]:
@@ -112,7 +134,7 @@ def _candidates(
     samples: Samples,
     gated: Gated,
     statistics: Statistics,
-    rng: np.random.Generator,
+    gradients: Sensitivities,
     pixels: Mapping[str, Range],
 ) -> list[Transform]:
     if group.written or group.read:
@@ -123,14 +145,16 @@ def _candidates(
     matrix = group.linear and group.channels <= MOST_CHANNELS and all(layer.groups == 1 for layer in _layers(group))
     shift = _shifts(graph, group, samples) if group.linear else {}
     covariance, sensitivity = _moments(graph, group, samples, shift)
+    if known := _with_gradients(group, samples, gradients):
+        sensitivity = np.sum([gradients[name] for name in known], axis=0)
     if not matrix:
         covariance, sensitivity = np.diag(np.diag(covariance)), np.diag(np.diag(sensitivity))
     covariance, sensitivity = _ridged(covariance), _ridged(sensitivity)
-    rotation = np.linalg.qr(rng.standard_normal(covariance.shape))[0] if matrix else np.eye(group.channels)
     found = []
     for t in GEODESIC:
         root = _power(_geodesic(sensitivity, np.asarray(np.linalg.inv(covariance)), t), 0.5)
-        a = rotation @ (root / np.exp(np.linalg.slogdet(root)[1] / group.channels))
+        root = root / np.exp(np.linalg.slogdet(root)[1] / group.channels)
+        a = spreading(root @ _all_values(group, samples, shift)) @ root if matrix else root
         found.append(Transform(a, np.linalg.inv(a), shift))
     return found
 
@@ -165,6 +189,13 @@ def _equalized(group: ChannelGroup, gated: Gated) -> list[Transform]:
         factor = np.exp(np.log(wide).mean()) / wide
         found.append(Transform(np.diag(factor), np.diag(1 / factor), {}))
     return found
+
+
+def _all_values(group: ChannelGroup, samples: Samples, shift: Mapping[str, F64]) -> F64:
+    """Values of a linear group's tensors behind the shift, [channels, values]."""
+    zero = np.zeros(group.channels)
+    names = dict.fromkeys([*(layer.input for layer in group.consumers), *(layer.output for layer in group.producers)])
+    return np.concatenate([samples.values[name] - shift.get(name, zero)[:, None] for name in names], axis=1)
 
 
 def _layers(group: ChannelGroup) -> list[Layer]:
@@ -223,9 +254,14 @@ def _predicted(
     plan: Mapping[str, Bits],
     samples: Samples,
     gated: Gated,
+    gradients: Sensitivities,
     transform: Transform,
 ) -> float:
-    """Relative error at the readers' outputs: their grids, their weights, and the writers' weights seen through them."""
+    """Error of the readers' grids, their weights, and the writers' weights: relative to the power of the model's outputs
+    where gradients are known, of the readers' outputs where they are not.
+    """
+    if known := _with_gradients(group, samples, gradients):
+        return _predicted_at_outputs(graph, group, plan, samples, gradients, known, transform)
     total, seen = 0.0, np.zeros(group.channels)
     for layer in group.consumers:
         power = output_power(graph, layer, samples)
@@ -248,6 +284,35 @@ def _predicted(
         weight = _transformed_writer(weight_of(graph, layer), transform.matrix)
         writer_bits = plan[layer.name].weight or 8
         total += float(seen @ _rounding(weight, samples.moments[layer.name].hessian, writer_bits).ravel())
+    return total
+
+
+def _predicted_at_outputs(
+    graph: Graph,
+    group: ChannelGroup,
+    plan: Mapping[str, Bits],
+    samples: Samples,
+    gradients: Sensitivities,
+    sites: Sequence[str],
+    transform: Transform,
+) -> float:
+    """The same through the gradients; `sites`: the group's tensors that have a grid."""
+    readers = {layer.input: plan[layer.name].activation for layer in group.consumers}
+    total = 0.0
+    for name in sites:
+        energy = np.diag(_seen(gradients[name], transform))
+        values = _transformed_values(samples.values[name], transform, name)
+        grid = _grid(values, energy, readers.get(name) or JOIN_BITS, None, transform)
+        total += float(((grid.quantize(values) - values) ** 2).mean(1) @ energy)
+    for layer in group.consumers:
+        weight = _transformed_reader(weight_of(graph, layer), transform.inverse)
+        hessian = _transformed_moments(samples.moments[layer.name], transform, layer.input).hessian
+        error = _rounding(weight, hessian, plan[layer.name].weight or 8).ravel()
+        total += float(error @ np.diag(gradients[layer.output]))
+    for layer in group.producers:
+        weight = _transformed_writer(weight_of(graph, layer), transform.matrix)
+        error = _rounding(weight, samples.moments[layer.name].hessian, plan[layer.name].weight or 8).ravel()
+        total += float(error @ np.diag(_seen(gradients[layer.output], transform)))
     return total
 
 

@@ -79,7 +79,7 @@ def transformed(model):
     tensors = [name for layer in layers for name in (layer.input, layer.output)]
     seen = synthesize(Graph(model), layers, tensors, statistics, draw_chunks(inputs, config), config)
     plan = dict.fromkeys((layer.name for layer in layers), Bits(8, 8))
-    transform.transform_groups(graph, groups, plan, seen, statistics, np.random.default_rng(0))
+    transform.transform_groups(graph, groups, plan, seen, statistics)
     graph.commit()
     return graph
 

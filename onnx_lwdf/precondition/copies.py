@@ -1,0 +1,250 @@
+"""Channels that are computed more than once, so that their rounding errors average out.
+
+A few channels often make most of a tensor's noise: a large offset that carries little, a long range that is seldom used. Of
+such a channel k copies are made, whose rows (and depthwise filters) are the same and whose readers' columns are divided by
+k. The biases of the copies differ by fractions of the grid's step,
+
+    offset_i = (i - (k - 1) / 2) step / k,    i = 0 .. k - 1,    so that    (1/k) sum_i round(x + offset_i)
+
+is x rounded to a grid of k times as many steps: a k^2-th of the noise. (Outlier channel splitting: Zhao et al., arXiv
+1901.09504, halves a channel's range in the same way.) The float network's function stays but for values within an offset of
+a Relu's corner, and for what an offset leaves behind a padded border: less than one step of the grid.
+
+Which channels, and how often: copies that take most noise from the model's outputs, by their gradients, for the
+multiplications they cost, as long as a copy takes a larger share of the noise than it adds to the multiplications.
+"""
+
+from __future__ import annotations
+
+import heapq
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+import numpy.typing as npt
+
+from onnx_lwdf.activations.taps import Feed, Moments, Samples, tensor_shapes
+from onnx_lwdf.gradients import Sensitivities
+from onnx_lwdf.graph import Graph
+from onnx_lwdf.layers import Layer, bias_of, find_layers, is_depthwise, output_axis, set_bias, shape_of
+from onnx_lwdf.precondition.channels import ChannelGroup
+from onnx_lwdf.ranges import F64, ActivationGrid
+from onnx_lwdf.sites import behind_activation, clip_bounds
+from onnx_lwdf.statistics import Statistics
+
+MOST_COPIES = 4  # of one channel
+MOST_ADDED = 0.05  # to the network's multiplications
+
+Indices = npt.NDArray[np.int64]
+F32 = npt.NDArray[np.float32]
+
+
+@dataclass(frozen=True, slots=True)
+class Path:
+    """A set of channels from the layer that makes them, through depthwise layers, to those that mix them."""
+
+    groups: tuple[ChannelGroup, ...]
+    writers: tuple[Layer, ...]  # the one that makes the channels, then the depthwise ones
+    readers: tuple[Layer, ...]  # all others
+
+    @property
+    def channels(self) -> int:
+        return self.groups[0].channels
+
+
+@dataclass(frozen=True, slots=True)
+class Copied:
+    """What the graph, edited in place, now has."""
+
+    layers: Sequence[Layer]
+    samples: Samples
+    statistics: Statistics
+    notes: Mapping[str, str]  # layer name -> how many channels were copied
+
+
+def copy_channels(
+    graph: Graph,
+    layers: Sequence[Layer],
+    groups: Sequence[ChannelGroup],
+    grids: Mapping[str, ActivationGrid],
+    samples: Samples,
+    statistics: Statistics,
+    gradients: Sensitivities,
+    feed: Feed,
+) -> Copied:
+    """Copy the channels for which that pays. `feed`: one that the model runs on."""
+    paths = find_paths(graph, groups, grids)
+    noise = {name: _noise(samples, grids[name], gradients[name], name) for name in grids if name in gradients}
+    made = [_made(graph, path) for path in paths]
+    paths = [path for path, names in zip(paths, made, strict=True) if all(name in noise for name in names)]
+    if not paths:
+        return Copied(layers, samples, statistics, {})
+    found = [np.sum([noise[name] for name in _made(graph, path)], axis=0) for path in paths]
+    macs = _multiplications(graph, layers, feed)
+    prices = [sum(macs[layer.name] for layer in (*path.writers, *path.readers)) / path.channels for path in paths]
+    total = sum(float(one.sum()) for one in noise.values())
+    counts = choose(found, prices, total, sum(macs.values()))
+    notes: dict[str, str] = {}
+    for path, count in zip(paths, counts, strict=True):
+        if (count > 1).any():
+            samples, statistics = _copy(graph, path, count, grids, samples, statistics)
+            first = path.writers[0]
+            notes[first.name] = (
+                f"{int((count > 1).sum())} of {path.channels} channels copied, {int(count.sum())} in all"
+            )
+    graph.commit()
+    named = {layer.name: layer for layer in find_layers(graph)[0]}
+    return Copied([named[layer.name] for layer in layers], samples, statistics, notes)
+
+
+def find_paths(graph: Graph, groups: Sequence[ChannelGroup], grids: Mapping[str, ActivationGrid]) -> list[Path]:
+    """Every path whose writers have a bias and put out, behind their activation, a tensor with a grid."""
+    by_writer = {group.producers[0].name: group for group in groups if len(group.producers) == 1}
+    found = (_path(graph, group, by_writer, grids) for group in by_writer.values())
+    return [path for path in found if path is not None]
+
+
+def _path(
+    graph: Graph, first: ChannelGroup, by_writer: Mapping[str, ChannelGroup], grids: Mapping[str, ActivationGrid]
+) -> Path | None:
+    if first.producers[0].groups > 1:
+        return None
+    groups, writers, readers, waiting = [], [], [], [first]
+    while waiting:
+        group = waiting.pop()
+        (writer,) = group.producers
+        if group.written or group.read or writer.bias is None or behind_activation(graph, writer.output) not in grids:
+            return None
+        groups.append(group)
+        writers.append(writer)
+        for layer in group.consumers:
+            behind = by_writer.get(layer.name)
+            if is_depthwise(graph, layer) and behind is not None and behind.channels == first.channels:
+                waiting.append(behind)
+            elif layer.groups == 1 and layer.op != "ConvTranspose":
+                readers.append(layer)
+            else:
+                return None
+    return Path(tuple(groups), tuple(writers), tuple(readers))
+
+
+def _made(graph: Graph, path: Path) -> list[str]:
+    """The tensors of the path that have a grid of their own."""
+    return [behind_activation(graph, layer.output) for layer in path.writers]
+
+
+def _noise(samples: Samples, grid: ActivationGrid, gradient: F64, name: str) -> F64:
+    """[channels]: what each channel's rounding adds to the outputs, its mean left out: biases take that up."""
+    exact = samples.values[name].astype(np.float64)
+    if len(exact) != len(gradient):
+        return np.zeros(0)
+    return np.asarray((grid.quantize(exact) - exact).var(1) * np.diag(gradient))
+
+
+def choose(noise: Sequence[F64], prices: Sequence[float], total: float, multiplications: float) -> list[Indices]:
+    """How often each channel is computed, [channels] of each path: greedy by noise per price.
+
+    noise: [channels] of each path; prices: multiplications of one more channel; total: noise of the whole network.
+    """
+    counts = [np.ones(len(one), np.int64) for one in noise]
+    left = MOST_ADDED * multiplications
+
+    def gain(path: int, channel: int) -> float:
+        k = int(counts[path][channel])
+        return float(noise[path][channel]) * (1 / k**2 - 1 / (k + 1) ** 2) / max(prices[path], 1.0)
+
+    waiting = [(-gain(path, channel), path, channel) for path, one in enumerate(noise) for channel in range(len(one))]
+    heapq.heapify(waiting)
+    while waiting:
+        worth, path, channel = heapq.heappop(waiting)
+        if -worth * multiplications <= total or prices[path] > left:
+            break
+        left -= prices[path]
+        counts[path][channel] += 1
+        if counts[path][channel] < MOST_COPIES:
+            heapq.heappush(waiting, (-gain(path, channel), path, channel))
+    return counts
+
+
+def _multiplications(graph: Graph, layers: Sequence[Layer], feed: Feed) -> dict[str, float]:
+    """Of every layer for one sample."""
+    shapes = tensor_shapes(graph.snapshot(), [layer.output for layer in layers], feed)
+    found = {}
+    for layer in layers:
+        groups, out, inputs = shape_of(graph, layer)
+        positions = math.prod(shapes[layer.output][1:]) / (groups * out)
+        found[layer.name] = groups * out * inputs * positions
+    return found
+
+
+def _copy(
+    graph: Graph,
+    path: Path,
+    counts: Indices,
+    grids: Mapping[str, ActivationGrid],
+    samples: Samples,
+    statistics: Statistics,
+) -> tuple[Samples, Statistics]:
+    """Write the copies, behind the channels that were there, into weights, biases, samples and statistics."""
+    order = np.concatenate([np.arange(len(counts)), *(np.flatnonzero(counts > k) for k in range(1, counts.max()))])
+    share = 1 / counts[order]
+    place = np.concatenate([np.full(np.count_nonzero(counts > k), k) for k in range(counts.max())])
+    fraction = (place - (counts[order] - 1) / 2) * share  # of a step
+    tensors = {name for group in path.groups for name in group.tensors}
+    values = {name: value[order] if name in tensors else value for name, value in samples.values.items()}
+    moments = dict(samples.moments)
+    for layer in path.writers:
+        made = behind_activation(graph, layer.output)
+        offset = fraction * grids[made].scale
+        bias = bias_of(graph, layer)[order] + offset
+        _take(graph, layer, order, output_axis(layer))
+        set_bias(graph, layer, bias)
+        if made in values:
+            values[made] = _moved(values[made], offset, clip_bounds(graph, graph.producer[made]) or (None, None))
+        if layer.groups > 1:
+            for item in layer.node.attribute:
+                if item.name == "group":
+                    item.i = len(order)
+            old = moments[layer.name]
+            moments[layer.name] = Moments(old.mean[order], old.hessian[order], old.doubt[order])
+    for layer in path.readers:
+        _take(graph, layer, order, 1 - output_axis(layer), share)
+        channels = len(counts)
+        columns = (np.arange(layer.kernel_size)[:, None] * channels + order).ravel()
+        old = moments[layer.name]
+        inside = old.hessian[:, columns[:, None], columns]
+        moments[layer.name] = Moments(old.mean[:, columns], inside, old.doubt)
+    _correct_shapes(graph, tensors, len(order))
+    known = {name: value.of(order) if name in tensors else value for name, value in statistics.items()}
+    return replace(samples, moments=moments, values=values), known
+
+
+def _moved(values: F32, offset: F64, bounds: tuple[float | None, float | None]) -> F32:
+    """Values [channels, values] behind an activation of these bounds, with its input moved [channels].
+
+    What stands at a bound is taken to come from far beyond it.
+    """
+    low, high = (-np.inf if bounds[0] is None else bounds[0]), (np.inf if bounds[1] is None else bounds[1])
+    moved = np.clip(values + offset[:, None], low, high).astype(np.float32)
+    return np.where((values > low) & (values < high), moved, values)
+
+
+def _take(graph: Graph, layer: Layer, order: Indices, axis: int, factor: F64 | None = None) -> None:
+    """These slices of the stored weight along an axis, each times its factor."""
+    value = graph.constant(layer.weight)
+    assert value is not None, layer.name
+    taken = np.take(value, order, axis)
+    if factor is not None:
+        shape = [1] * value.ndim
+        shape[axis] = len(order)
+        taken = (taken * factor.reshape(shape)).astype(value.dtype)
+    graph.set_input(layer.node, 1, taken, layer.weight)
+
+
+def _correct_shapes(graph: Graph, tensors: set[str], channels: int) -> None:
+    """What the model says about the shapes of its inner tensors."""
+    for info in graph.model.graph.value_info:
+        dims = info.type.tensor_type.shape.dim
+        if info.name in tensors and len(dims) > 1 and dims[1].HasField("dim_value"):
+            dims[1].dim_value = channels
