@@ -29,7 +29,7 @@ from onnx_lwdf.runtime import open_session, run
 from onnx_lwdf.sites import Site, behind_activation, clip_bounds
 
 POWERS = (2.0, 3.0)  # of the error
-POOLED = 1.5  # times what synthetic images show: an object fills more of a picture than they do
+POOLED = 1.5  # times what synthetic images show: Fashion-MNIST's training images reach 1.1 to 1.8 times as far
 CLEAR_GAIN = 0.9  # what the noise of the second must fall to below 8 bits: less is chance, from seed to seed
 
 

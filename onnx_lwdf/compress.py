@@ -252,13 +252,14 @@ def _gradients(
     chunks: Sequence[Feed],
     config: Config,
 ) -> Sensitivities:
-    """Nothing where activations stay float, and where the weights are too large for memory."""
-    if config.activation_bits is None or graph.scratch is not None:
+    """Nothing where activations stay float."""
+    if config.activation_bits is None:
         return {}
     rng = np.random.default_rng([config.seed, 3])
     rows = {name for layer in layers if layer.window is None for name in (layer.input, layer.output)}
     tensors = [*samples.values, *(layer.output for layer in layers)]
-    return sensitivities(graph.snapshot(), tensors, rows, chunks, rng, statistics, SOURCES[config.source])
+    found = sensitivities(graph.snapshot(), tensors, rows, chunks, rng, statistics, SOURCES[config.source])
+    return {name: graph.keep(value) for name, value in found.items()}
 
 
 def _answers(

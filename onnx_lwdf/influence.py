@@ -69,7 +69,7 @@ def _open(probe: Graph, layer: Layer) -> list[str]:
 def _damage(graph: Graph, layer: Layer, moments: Moments) -> tuple[list[Array], float]:
     """The damaged weight and bias as the model stores them, and the relative error at the layer's output."""
     weight = weight_of(graph, layer)
-    mean, covariance = patch_moments(layer, moments, around_mean=True)
+    mean, covariance = patch_moments(layer, moments, mean_share=0.0)
     damaged = np.where(largest(np.abs(weight), DAMAGE, None), weight, 0.0)
     error = relative_loss(float(channel_loss(weight, damaged, covariance).sum()), weight, covariance)
     bias = bias_of(graph, layer) + mean_correction(weight, damaged, mean, mean).ravel()

@@ -1,6 +1,7 @@
 """Layer by layer, independently: from samples of a layer's input to its stored weight and bias.
 
-Each layer is one problem in arrays: its weight W and H = E[x x^T] of its float inputs. Layers do not wait for each other.
+Each layer is one problem in arrays: its weight W and H = Cov(x) + E[x] E[x]^T / 10 of its float inputs. Layers do not wait
+for each other.
 The bias takes up the mean error that remains,
 
     b' = b + E[W x] - E[V q(x)],
@@ -30,6 +31,8 @@ from onnx_lwdf.solvers.problem import LayerProblem, LayerSolution, Rounding, flo
 F64 = np.ndarray[tuple[int, ...], np.dtype[np.float64]]
 
 AUTO_METHOD, AUTO_PRUNING, AUTO_BLIND = "descent", "obs", "squant"
+# The bias takes up the mean error of rounding. A tenth stays in H: other images have other means, and padding has none.
+MEAN_SHARE = 0.1
 PAIR_LIMIT = 128  # 255 * 128 = 32640 < 32767, the sum of two products in vpmaddubsw
 LARGEST_BIAS = 2.0**30  # codes of an int32 bias, with room for rounding
 
@@ -119,7 +122,7 @@ def pose(
     weight, bias = weight_of(graph, layer, rows), bias_of(graph, layer).reshape(layer.groups, -1)[:, rows].ravel()
     grid = grids[layer.input] if bits.activation is not None else None
     kernel = layer.kernel_size
-    mean, hessian = patch_moments(layer, samples.moments[layer.name], around_mean=pruning.asked)
+    mean, hessian = patch_moments(layer, samples.moments[layer.name], 0.0 if pruning.asked else MEAN_SHARE)
     problem = LayerProblem(
         weight=weight,
         hessian=hessian,
@@ -176,15 +179,15 @@ def _solve(task: Task) -> LayerSolution:
     return SOLVERS[task.method].solve(task.problem)
 
 
-def patch_moments(layer: Layer, moments: Moments, around_mean: bool) -> tuple[F64, F64]:
+def patch_moments(layer: Layer, moments: Moments, mean_share: float) -> tuple[F64, F64]:
     """Mean [groups, in] and second moments [groups, in, in] of what a canonical weight's rows meet.
 
-    Around the mean for pruning: the bias takes up the mean error whole, and it is as large as the pruned weights. In both
-    cases without what chance made of the correlations: a solver would spend its freedom on them.
+    Around the mean, but for this share of its square: the bias takes up the mean error. Without what chance made of the
+    correlations: a solver would spend its freedom on them.
     """
     mean, hessian = moments.mean, moments.covariance
-    if not around_mean:
-        hessian += mean[:, :, None] * mean[:, None, :]
+    if mean_share > 0:
+        hessian += mean_share * mean[:, :, None] * mean[:, None, :]
     kernel = layer.kernel_size
     if layer.op != "ConvTranspose" or kernel == 1:
         return mean, hessian

@@ -122,7 +122,7 @@ def _spare(
 
 def _sampled(layer: Layer, weight: F64, moments: Moments, nm: tuple[int, int] | None = None) -> LayerProblem:
     """The layer's problem in float, on some of its output channels."""
-    _, covariance = patch_moments(layer, moments, around_mean=True)
+    _, covariance = patch_moments(layer, moments, mean_share=0.0)
     whole = LayerProblem(weight, covariance, None, np.zeros(weight.shape[:2]), layer.kernel_size, nm=nm)
     return whole.thinned(MOST_ROWS)
 

@@ -204,7 +204,7 @@ def _errors(task: Task, row: Sequence[int], moments: Moments) -> list[float]:
     row: bits, the task's own the most of them. Only there can sums of codes saturate: fewer bits need no pair limit.
     """
     most = task.problem.thinned(MOST_ROWS)
-    covariance = patch_moments(task.layer, moments, around_mean=True)[1]
+    covariance = patch_moments(task.layer, moments, mean_share=0.0)[1]
     problems = [most if bits == most.bits else replace(most, bits=bits, pair_limit=None) for bits in row]
     solve = SOLVERS[NEARLY.get(task.method, task.method)].solve
     stored = (solve(problem).weight for problem in problems)

@@ -10,8 +10,8 @@ is x rounded to a grid of k times as many steps: a k^2-th of the noise. (Outlier
 1901.09504, halves a channel's range in the same way.) The float network's function stays but for values within an offset of
 a Relu's corner, and for what an offset leaves behind a padded border: less than one step of the grid.
 
-Which channels, and how often: copies that take most noise from the model's outputs, by their gradients, for the
-multiplications they cost, as long as a copy takes a larger share of the noise than it adds to the multiplications.
+Which channels, and how often: copies that take most noise from the model's outputs, by their gradients, for their price,
+the share that they add to the network's multiplications and to its weights, as long as they take a larger share of the noise.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ from onnx_lwdf.sites import behind_activation, clip_bounds
 from onnx_lwdf.statistics import Statistics
 
 MOST_COPIES = 4  # of one channel
-MOST_ADDED = 0.05  # to the network's multiplications
+MOST_ADDED = 0.05  # to the network's multiplications and weights, both shares together
 
 Indices = npt.NDArray[np.int64]
 F32 = npt.NDArray[np.float32]
@@ -81,10 +81,9 @@ def copy_channels(
     if not paths:
         return Copied(layers, samples, statistics, {})
     found = [np.sum([noise[name] for name in _made(graph, path)], axis=0) for path in paths]
-    macs = _multiplications(graph, layers, feed)
-    prices = [sum(macs[layer.name] for layer in (*path.writers, *path.readers)) / path.channels for path in paths]
-    total = sum(float(one.sum()) for one in noise.values())
-    counts = choose(found, prices, total, sum(macs.values()))
+    shares = _shares(graph, layers, feed)
+    prices = [sum(shares[layer.name] for layer in (*path.writers, *path.readers)) / path.channels for path in paths]
+    counts = choose(found, prices, sum(float(one.sum()) for one in noise.values()))
     notes: dict[str, str] = {}
     for path, count in zip(paths, counts, strict=True):
         if (count > 1).any():
@@ -142,40 +141,41 @@ def _noise(samples: Samples, grid: ActivationGrid, gradient: F64, name: str) -> 
     return np.asarray((grid.quantize(exact) - exact).var(1) * np.diag(gradient))
 
 
-def choose(noise: Sequence[F64], prices: Sequence[float], total: float, multiplications: float) -> list[Indices]:
+def choose(noise: Sequence[F64], prices: Sequence[float], total: float) -> list[Indices]:
     """How often each channel is computed, [channels] of each path: greedy by noise per price.
 
-    noise: [channels] of each path; prices: multiplications of one more channel; total: noise of the whole network.
+    noise: [channels] of each path; prices: of one more channel, as a share of the network; total: noise of the network.
     """
     counts = [np.ones(len(one), np.int64) for one in noise]
-    left = MOST_ADDED * multiplications
+    left = MOST_ADDED
 
-    def gain(path: int, channel: int) -> float:
+    def worth(path: int, channel: int) -> float:
         k = int(counts[path][channel])
-        return float(noise[path][channel]) * (1 / k**2 - 1 / (k + 1) ** 2) / max(prices[path], 1.0)
+        return float(noise[path][channel]) * (1 / k**2 - 1 / (k + 1) ** 2) / prices[path]
 
-    waiting = [(-gain(path, channel), path, channel) for path, one in enumerate(noise) for channel in range(len(one))]
+    waiting = [(-worth(path, channel), path, channel) for path, one in enumerate(noise) for channel in range(len(one))]
     heapq.heapify(waiting)
     while waiting:
-        worth, path, channel = heapq.heappop(waiting)
-        if -worth * multiplications <= total or prices[path] > left:
+        negative, path, channel = heapq.heappop(waiting)
+        if -negative <= total or prices[path] > left:
             break
         left -= prices[path]
         counts[path][channel] += 1
         if counts[path][channel] < MOST_COPIES:
-            heapq.heappush(waiting, (-gain(path, channel), path, channel))
+            heapq.heappush(waiting, (-worth(path, channel), path, channel))
     return counts
 
 
-def _multiplications(graph: Graph, layers: Sequence[Layer], feed: Feed) -> dict[str, float]:
-    """Of every layer for one sample."""
+def _shares(graph: Graph, layers: Sequence[Layer], feed: Feed) -> dict[str, float]:
+    """Of every layer: its share of the multiplications for one sample, and of the weights, together."""
     shapes = tensor_shapes(graph.snapshot(), [layer.output for layer in layers], feed)
-    found = {}
+    weights = {layer.name: math.prod(shape_of(graph, layer)) for layer in layers}
+    work = {}
     for layer in layers:
-        groups, out, inputs = shape_of(graph, layer)
-        positions = math.prod(shapes[layer.output][1:]) / (groups * out)
-        found[layer.name] = groups * out * inputs * positions
-    return found
+        groups, out, _ = shape_of(graph, layer)
+        work[layer.name] = weights[layer.name] * math.prod(shapes[layer.output][1:]) / (groups * out)
+    every = sum(work.values()), sum(weights.values())
+    return {name: work[name] / every[0] + weights[name] / every[1] for name in work}
 
 
 def _copy(
