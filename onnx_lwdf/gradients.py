@@ -7,8 +7,9 @@ For a tensor t, with v drawn from N(0, I) at the outputs, each output in units o
 [channels, channels] is the mean over images. An error of t that is white over positions, with covariance D over channels,
 shows at the outputs as tr(S D), in units of their power (the output side of K-FAC: Martens and Grosse, arXiv 1503.05671).
 
-The backward pass is an ONNX graph of its own, appended to the forward one operator by operator from the table below. What
-stands in front of an operator outside of the table has no S, and callers fall back on what they know of the next layer.
+The backward pass is an ONNX graph of its own, appended to the forward one operator by operator from the table below. In front
+of an operator outside of the table (LSTM), its input counts as an output. Where a form of an operator is not known, what stands
+in front of it has no S, and callers fall back on what they know of the next layer.
 """
 
 from __future__ import annotations
@@ -107,7 +108,8 @@ class _Backward:
     def __post_init__(self) -> None:
         graph = self.graph
         nodes = list(graph.nodes)
-        ends = list(dict.fromkeys(self._before_softmax(name) for name in graph.outputs))
+        outer = [name for node in nodes if _rule(node) is None for name in node.input if name]
+        ends = list(dict.fromkeys(self._before_softmax(name) for name in (*graph.outputs, *outer)))
         made = [name for node in nodes for name in node.output if name and graph.constant(name) is None]
         answers = run(open_session(copy_of(graph.model, made), arena=False), self.feed, made)
         self.shapes = {name: value.shape for name, value in (*zip(made, answers, strict=True), *self.feed.items())}
@@ -121,8 +123,7 @@ class _Backward:
                 seed = graph.unique("gradient.seed")
                 self.seeds[name] = seed, math.sqrt(_size(self.feed) / power)
                 self.parts[name] = [seed]
-            elif name in graph.producer:
-                self.blocked.add(name)
+        self.blocked.update(graph.captured)  # by a node's own graph: what it does there is not followed
         for node in reversed(nodes):
             self._through(node)
 
@@ -153,9 +154,8 @@ class _Backward:
         outputs = [name for name in node.output if name in self.parts or name in self.blocked]
         if not outputs:
             return
-        rule = RULES.get(node.op_type) if node.domain in ("", "ai.onnx") else None
-        name = node.output[0]
-        if rule is None or outputs != [name] or name in self.blocked:
+        rule, name = _rule(node), node.output[0]
+        if rule is not None and (outputs != [name] or name in self.blocked):
             self._block(node)
         if name in self.parts:
             first, *others = self.parts[name]
@@ -226,6 +226,10 @@ class _Backward:
             seed: (scale * rng.standard_normal(self.shapes[name])).astype(np.float32)
             for name, (seed, scale) in self.seeds.items()
         }
+
+
+def _rule(node: onnx.NodeProto) -> Rule | None:
+    return RULES.get(node.op_type) if node.domain in ("", "ai.onnx") else None
 
 
 Rule = Callable[[_Backward, onnx.NodeProto, str], bool]  # gives gradients to what the node reads; False: it cannot
@@ -404,6 +408,18 @@ def _maximum(back: _Backward, node: onnx.NodeProto, gradient: str) -> bool:
     return True
 
 
+def _enlarged(back: _Backward, node: onnx.NodeProto, gradient: str) -> bool:
+    """Nearest neighbours, whole times as large: each value collects from its copies."""
+    source, made = back.shape(node.input[0]), back.shape(node.output[0])
+    times = [big // small for small, big in zip(source, made, strict=True)]
+    exact = all(big == k * small for k, small, big in zip(times, source, made, strict=True))
+    if attribute(node, "mode", "nearest") != "nearest" or not exact or times[:2] != [1, 1]:
+        return False
+    pooled = back.add("AveragePool", [gradient], kernel_shape=times[2:], strides=times[2:])
+    back.give(node.input[0], back.add("Mul", [pooled, back.constant(np.float32(math.prod(times)))]))
+    return True
+
+
 def _same_values(back: _Backward, node: onnx.NodeProto, gradient: str) -> bool:
     """Values keep their order."""
     back.give(node.input[0], back.reshaped(gradient, back.shape(node.input[0])))
@@ -474,6 +490,8 @@ RULES: Mapping[str, Rule] = {
     "ReduceMean": _mean,
     "AveragePool": _average,
     "MaxPool": _maximum,
+    "Resize": _enlarged,
+    "Upsample": _enlarged,
     "Transpose": _permuted,
     "Concat": _joined,
     "BatchNormalization": _normalized,

@@ -41,6 +41,10 @@ BODIES = {
         "a = MaxPool <kernel_shape = [2,2], strides = [2,2]> (t) b = Transpose <perm = [0,2,3,1]> (a)"
         " c = Flatten (b) y = MatMul (c, w6)"
     ),
+    "enlarged": (
+        'a = Relu (t) b = Resize <mode = "nearest", nearest_mode = "floor",'
+        f' coordinate_transformation_mode = "asymmetric"> (a, , twice) f = Conv (b, w1) e = {END}'
+    ),
     "normalized": (
         "a = Conv (t, w3) b = Tanh (a) c = BatchNormalization (b, g, bb, m, v) d = Sub (c, one) e = Div (d, two)"
         " f = GlobalAveragePool (e) z = Flatten (f) y = Softmax (z)"
@@ -67,6 +71,7 @@ def network(body, opset=17):
     }
     tensors = {name: rng.normal(0, 0.5, shape) for name, shape in shapes.items()}
     tensors |= {"zero": np.array(0.0), "one": np.array(1.0), "two": np.array(2.0)}
+    tensors["twice"] = np.array([1, 1, 2, 2], np.float32)
     tensors |= {name: rng.uniform(0.5, 1.5, 4) for name in ("g", "bb", "m", "v")}
     used = body.replace(",", " ").replace(")", " ").split()
     outputs = 2 if "w6" in body else 3 if "w5" in body else 4
@@ -131,12 +136,21 @@ def test_random_directions_average_to_the_sum_over_outputs():
     np.testing.assert_allclose(found / ratio, expected, rtol=0, atol=0.3 * np.abs(expected).max())
 
 
-def test_what_stands_in_front_of_an_unknown_operator_has_no_gradient():
-    body = "a = Relu (t) b = Conv (a, w3) c = GlobalAveragePool (b) f = Flatten (c) y = Hardmax (f)"
-    assert found_of(network(body), ["t", "a"], samples(network(body))) == {}
-    body = f"a = Relu (t) k = Hardmax (a) b = Conv (k, w3) r = Conv (a, w3) f = Add (b, r) e = {END}"
-    found = found_of(network(body), ["t", "a", "k", "r"], samples(network(body)))
-    assert found.keys() == {"k", "r"}  # on one way only: what is known of it would be too little
+def test_the_input_of_an_unknown_operator_counts_as_an_output():
+    body = "a = Relu (t) b = Conv (a, w3) c = GlobalAveragePool (b) {} = Flatten (c)"
+    known, unknown = network(body.format("y")), network(body.format("f") + " y = Hardmax (f)")
+    expected = found_of(known, ["t", "a"], samples(known))
+    found = found_of(unknown, ["t", "a"], samples(unknown))
+    assert found.keys() == expected.keys() == {"t", "a"}
+    for name, value in found.items():
+        np.testing.assert_allclose(value, expected[name], rtol=1e-5)
+
+
+def test_what_stands_in_front_of_an_unknown_form_has_no_gradient():
+    body = "a = Relu (t) k = Mul (a, a) p = MaxPool <kernel_shape = [2,2], ceil_mode = 1> (k) r = Conv (a, w3)"
+    body += f" s = GlobalAveragePool (p) q = GlobalAveragePool (r) f = Add (s, q) e = {END}"
+    found = found_of(network(body), ["t", "a", "k", "p", "r"], samples(network(body)))
+    assert found.keys() == {"p", "r"}  # of the others on one way only, and that would be too little
 
 
 def test_slopes_are_taken_where_the_aligned_samples_are():
