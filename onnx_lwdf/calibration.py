@@ -19,7 +19,7 @@ from onnx_lwdf.activations.taps import Feed, Samples
 from onnx_lwdf.config import TARGETS, Config
 from onnx_lwdf.emit import qdq
 from onnx_lwdf.gates import Span
-from onnx_lwdf.gradients import Sensitivities
+from onnx_lwdf.gradients import Sensitivities, strengths
 from onnx_lwdf.graph import Graph
 from onnx_lwdf.influence import TINY, numbers, power_share, relative_error
 from onnx_lwdf.layers import Bits, Layer, blocks, find_layers, set_bias, shape_of, weight_of
@@ -100,7 +100,7 @@ def _weighted_values(
     exact = samples.values[site.tensors[0]].astype(np.float64)
     known = gradients.get(site.tensors[0])
     if known is not None and len(known) == len(exact):
-        return exact.ravel(), np.repeat(np.diag(known), exact.shape[1])
+        return exact.ravel(), np.repeat(strengths(known), exact.shape[1])
     readers = [layer for layer in layers if layer.input in site.tensors]
     if not readers:
         return exact.ravel(), np.ones(exact.size)

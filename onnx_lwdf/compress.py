@@ -35,7 +35,7 @@ from onnx_lwdf.model_io import Source, add_provenance, fix_initializers, inline_
 from onnx_lwdf.plan import plan_bits
 from onnx_lwdf.precision import halve, restore
 from onnx_lwdf.precondition.bounds import pixel_ranges
-from onnx_lwdf.precondition.channels import find_groups
+from onnx_lwdf.precondition.channels import ChannelGroup, find_groups
 from onnx_lwdf.precondition.copies import copy_channels
 from onnx_lwdf.precondition.fold import fold
 from onnx_lwdf.precondition.readers import beside_gates
@@ -215,7 +215,7 @@ def _solve(source: Source, prepared: Prepared, chunks: Sequence[Feed], config: C
     plan = expected(prepared.plan, sizes, most) if config.auto_bits else prepared.plan
     statistics = {} if config.source == "data" else pruned.statistics
     pixels = pixel_ranges(graph, prepared.inputs)
-    gradients = _gradients(graph, layers, samples, statistics, chunks, config)
+    gradients = _gradients(graph, layers, groups, samples, statistics, chunks, config)
     on_layer(Progress("gradients", "", 1, 1))
     samples, statistics, gradients = transform_groups(graph, groups, plan, samples, statistics, gradients, pixels)
     spans: Mapping[str, Span] = {}
@@ -247,6 +247,7 @@ def _solve(source: Source, prepared: Prepared, chunks: Sequence[Feed], config: C
 def _gradients(
     graph: Graph,
     layers: Sequence[Layer],
+    groups: Sequence[ChannelGroup],
     samples: Samples,
     statistics: Statistics,
     chunks: Sequence[Feed],
@@ -258,7 +259,8 @@ def _gradients(
     rng = np.random.default_rng([config.seed, 3])
     rows = {name for layer in layers if layer.window is None for name in (layer.input, layer.output)}
     tensors = [*samples.values, *(layer.output for layer in layers)]
-    found = sensitivities(graph.snapshot(), tensors, rows, chunks, rng, statistics, SOURCES[config.source])
+    mixed = {name for group in groups if group.linear for name in group.tensors}
+    found = sensitivities(graph.snapshot(), tensors, mixed, rows, chunks, rng, statistics, SOURCES[config.source])
     return {name: graph.keep(value) for name, value in found.items()}
 
 

@@ -4,7 +4,7 @@ For a tensor t, with v drawn from N(0, I) at the outputs, each output in units o
 
     S = E[sum over positions of g g^T],    g = J^T v,    J the derivative of the outputs by t,
 
-[channels, channels] is the mean over images. An error of t that is white over positions, with covariance D over channels,
+[channels, channels] is the mean over images; of tensors whose channels are not mixed its diagonal is enough. An error of t that is white over positions, with covariance D over channels,
 shows at the outputs as tr(S D), in units of their power (the output side of K-FAC: Martens and Grosse, arXiv 1503.05671).
 
 The backward pass is an ONNX graph of its own, appended to the forward one operator by operator from the table below. In front
@@ -31,11 +31,11 @@ from onnx_lwdf.runtime import Array, copy_of, open_session, run, trim
 from onnx_lwdf.statistics import F64, Statistics
 
 IMAGES, CHUNK = 64, 8  # in all, and at a time: gradients of all layers are alive at once
-MOST_CHANNELS = 2048  # of a tensor: S has their square
+MOST_CHANNELS = 4096  # of a tensor
 HALF_STEP = 2.0**-7  # of the central difference that stands for an activation's slope
 
 Shape = tuple[int, ...]
-Sensitivities = Mapping[str, F64]  # tensor -> S, [channels, channels]
+Sensitivities = Mapping[str, F64]  # tensor -> S, [channels, channels], or its diagonal, [channels]
 
 log = logging.getLogger(__name__)
 
@@ -43,6 +43,7 @@ log = logging.getLogger(__name__)
 def sensitivities(
     model: onnx.ModelProto,
     tensors: Iterable[str],
+    mixed: Set[str],
     rows: Set[str],
     chunks: Sequence[Feed],
     rng: np.random.Generator,
@@ -51,13 +52,13 @@ def sensitivities(
 ) -> dict[str, F64]:
     """Tensor -> S, of those of these tensors of which it is known.
 
-    rows: tensors whose channels run along the last axis. `statistics`, `align`: as for the samples; the slopes are taken
-    where the samples are.
+    mixed: tensors of which all of S is wanted, not the diagonal. rows: those whose channels run along the last axis.
+    `statistics`, `align`: as for the samples; the slopes are taken where the samples are.
     """
     feeds = _feeds(chunks)
     try:
         backward = _Backward(Graph(copy_of(model)), feeds[0], statistics, align)
-        wanted = backward.finish(tensors, rows)
+        wanted = backward.finish(tensors, mixed, rows)
         session = open_session(backward.graph.model, arena=False)
         inputs = {value.name for value in session.get_inputs()}
         names = list(wanted.values())
@@ -67,12 +68,18 @@ def sensitivities(
             answers = run(session, {name: value for name, value in given.items() if name in inputs}, names)
             for tensor, answer in zip(wanted, answers, strict=True):
                 sums[tensor] = sums.get(tensor, 0.0) + answer.astype(np.float64)
+        sums = {tensor: total if tensor in mixed else total.ravel() for tensor, total in sums.items()}
     except ModelError as error:  # an unusual graph: what follows does without
         log.debug("no gradients: %s", error)
         return {}
     trim()
     count = sum(_size(feed) for feed in feeds)
     return {tensor: total / count for tensor, total in sums.items() if np.isfinite(total).all() and total.any()}
+
+
+def strengths(sensitivity: F64) -> F64:
+    """The diagonal of S, [channels]."""
+    return sensitivity if sensitivity.ndim == 1 else np.diagonal(sensitivity)
 
 
 def _feeds(chunks: Sequence[Feed]) -> list[Feed]:
@@ -111,10 +118,9 @@ class _Backward:
         outer = [name for node in nodes if _rule(node) is None for name in node.input if name]
         ends = list(dict.fromkeys(self._before_softmax(name) for name in (*graph.outputs, *outer)))
         made = [name for node in nodes for name in node.output if name and graph.constant(name) is None]
-        answers = run(open_session(copy_of(graph.model, made), arena=False), self.feed, made)
-        self.shapes = {name: value.shape for name, value in (*zip(made, answers, strict=True), *self.feed.items())}
-        floats = {name for name, value in zip(made, answers, strict=True) if value.dtype == np.float32}
-        del answers
+        self.shapes = {name: value.shape for name, value in self.feed.items()} | self._made_shapes(made)
+        outputs = open_session(copy_of(graph.model, made), arena=False).get_outputs()
+        floats = {value.name for value in outputs if value.type == "tensor(float)"}
         model = copy_of(graph.model)
         self.original = self._aligned(graph)
         powers = self._powers(Graph(model), [name for name in ends if name in floats])
@@ -135,6 +141,15 @@ class _Backward:
         return {
             replace_aligned(graph, name, self.align, value, self.shapes[name]): name for name, value in known.items()
         }
+
+    def _made_shapes(self, names: Sequence[str]) -> dict[str, Shape]:
+        """Seen in a run: the values themselves, of all tensors at once, never leave it."""
+        graph = Graph(copy_of(self.graph.model))
+        places = [graph.add("Shape", [name], "gradient.shape") for name in names]
+        graph.set_outputs(places)
+        graph.commit()
+        answers = run(open_session(graph.model, arena=False), self.feed, places) if places else []
+        return {name: tuple(map(int, value)) for name, value in zip(names, answers, strict=True)}
 
     def _powers(self, graph: Graph, ends: Sequence[str]) -> dict[str, float]:
         """Sums of squares of these tensors."""
@@ -201,7 +216,7 @@ class _Backward:
             gradient = self.add("ReduceSum", [gradient, self.constant(np.array(axes, np.int64))], keepdims=1)
         return gradient if padded == wanted else self.reshaped(gradient, wanted)
 
-    def finish(self, tensors: Iterable[str], rows: Set[str]) -> dict[str, str]:
+    def finish(self, tensors: Iterable[str], mixed: Set[str], rows: Set[str]) -> dict[str, str]:
         """Tensor -> the one that holds the sum of g g^T; the graph is committed."""
         found: dict[str, str] = {}
         for tensor in dict.fromkeys(tensors):
@@ -212,7 +227,12 @@ class _Backward:
             others = [other for other in range(len(shape)) if other != axis]
             moved = self.add("Transpose", [self.whole[tensor]], perm=[axis, *others])
             flat = self.reshaped(moved, [shape[axis], -1])
-            found[tensor] = self.add("MatMul", [flat, self.add("Transpose", [flat], perm=[1, 0])])
+            if tensor in mixed:
+                found[tensor] = self.add("MatMul", [flat, self.add("Transpose", [flat], perm=[1, 0])])
+            else:
+                squares = self.add("Mul", [flat, flat])
+                size = math.prod(shape) // shape[axis]
+                found[tensor] = self.summed(squares, (shape[axis], size), (shape[axis], 1))
         self.graph.set_outputs(found.values())
         for name, (seed, _) in self.seeds.items():
             kind = onnx.TensorProto.FLOAT

@@ -111,7 +111,7 @@ def by_differences(model, tensor, output, feeds):
 
 
 def found_of(model, tensors, feeds, statistics=None, align=None, rng=None):
-    return gradients.sensitivities(model, tensors, set(), [feeds], rng or Ones(), statistics or {}, align)
+    return gradients.sensitivities(model, tensors, set(tensors), set(), [feeds], rng or Ones(), statistics or {}, align)
 
 
 @pytest.mark.parametrize("body", BODIES.values(), ids=BODIES.keys())
@@ -134,6 +134,16 @@ def test_random_directions_average_to_the_sum_over_outputs():
     expected = weight.T @ weight
     ratio = np.trace(found) / np.trace(expected)
     np.testing.assert_allclose(found / ratio, expected, rtol=0, atol=0.3 * np.abs(expected).max())
+
+
+def test_the_diagonal_alone():
+    model = network(BODIES["residual"])
+    feeds = samples(model)
+    whole = found_of(model, ["t", "a"], feeds)
+    part = gradients.sensitivities(model, ["t", "a"], {"a"}, set(), [feeds], Ones(), {}, None)
+    np.testing.assert_allclose(part["t"], np.diag(whole["t"]), rtol=1e-5)
+    np.testing.assert_array_equal(gradients.strengths(whole["t"]), np.diag(whole["t"]))
+    np.testing.assert_array_equal(part["a"], whole["a"])
 
 
 def test_the_input_of_an_unknown_operator_counts_as_an_output():

@@ -25,7 +25,7 @@ import numpy as np
 import numpy.typing as npt
 
 from onnx_lwdf.activations.taps import Feed, Moments, Samples, tensor_shapes
-from onnx_lwdf.gradients import Sensitivities
+from onnx_lwdf.gradients import Sensitivities, strengths
 from onnx_lwdf.graph import Graph
 from onnx_lwdf.layers import Layer, bias_of, find_layers, is_depthwise, output_axis, set_bias, shape_of
 from onnx_lwdf.precondition.channels import ChannelGroup
@@ -138,7 +138,7 @@ def _noise(samples: Samples, grid: ActivationGrid, gradient: F64, name: str) -> 
     exact = samples.values[name].astype(np.float64)
     if len(exact) != len(gradient):
         return np.zeros(0)
-    return np.asarray((grid.quantize(exact) - exact).var(1) * np.diag(gradient))
+    return np.asarray((grid.quantize(exact) - exact).var(1) * strengths(gradient))
 
 
 def choose(noise: Sequence[F64], prices: Sequence[float], total: float) -> list[Indices]:

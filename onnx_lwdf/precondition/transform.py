@@ -39,7 +39,7 @@ import numpy as np
 
 from onnx_lwdf.activations.taps import Moments, Samples
 from onnx_lwdf.gates import Span, scale_input, scale_output
-from onnx_lwdf.gradients import Sensitivities
+from onnx_lwdf.gradients import Sensitivities, strengths
 from onnx_lwdf.graph import Graph
 from onnx_lwdf.grid import nearest, search_weight_grid
 from onnx_lwdf.layers import Bits, Layer, bias_of, set_bias, set_weight, weight_of
@@ -104,6 +104,8 @@ def transform_groups(
 
 def _seen(gradient: F64, transform: Transform) -> F64:
     """S of A t."""
+    if gradient.ndim == 1:  # of channels that are not mixed
+        return np.asarray(gradient * np.diag(transform.inverse) ** 2)
     return np.asarray(transform.inverse.T @ gradient @ transform.inverse)
 
 
@@ -146,7 +148,8 @@ def _candidates(
     shift = _shifts(graph, group, samples) if group.linear else {}
     covariance, sensitivity = _moments(graph, group, samples, shift)
     if known := _with_gradients(group, samples, gradients):
-        sensitivity = np.sum([gradients[name] for name in known], axis=0)
+        whole = [gradients[name] if gradients[name].ndim == 2 else np.diag(gradients[name]) for name in known]
+        sensitivity = np.sum(whole, axis=0)
     if not matrix:
         covariance, sensitivity = np.diag(np.diag(covariance)), np.diag(np.diag(sensitivity))
     covariance, sensitivity = _ridged(covariance), _ridged(sensitivity)
@@ -300,7 +303,7 @@ def _predicted_at_outputs(
     readers = {layer.input: plan[layer.name].activation for layer in group.consumers}
     total = 0.0
     for name in sites:
-        energy = np.diag(_seen(gradients[name], transform))
+        energy = strengths(_seen(gradients[name], transform))
         values = _transformed_values(samples.values[name], transform, name)
         grid = _grid(values, energy, readers.get(name) or JOIN_BITS, None, transform)
         total += float(((grid.quantize(values) - values) ** 2).mean(1) @ energy)
@@ -308,11 +311,11 @@ def _predicted_at_outputs(
         weight = _transformed_reader(weight_of(graph, layer), transform.inverse)
         hessian = _transformed_moments(samples.moments[layer.name], transform, layer.input).hessian
         error = _rounding(weight, hessian, plan[layer.name].weight or 8).ravel()
-        total += float(error @ np.diag(gradients[layer.output]))
+        total += float(error @ strengths(gradients[layer.output]))
     for layer in group.producers:
         weight = _transformed_writer(weight_of(graph, layer), transform.matrix)
         error = _rounding(weight, samples.moments[layer.name].hessian, plan[layer.name].weight or 8).ravel()
-        total += float(error @ np.diag(_seen(gradients[layer.output], transform)))
+        total += float(error @ strengths(_seen(gradients[layer.output], transform)))
     return total
 
 
