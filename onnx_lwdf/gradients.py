@@ -4,8 +4,9 @@ For a tensor t, with v drawn from N(0, I) at the outputs, each output in units o
 
     S = E[sum over positions of g g^T],    g = J^T v,    J the derivative of the outputs by t,
 
-[channels, channels] is the mean over images; of tensors whose channels are not mixed its diagonal is enough. An error of t that is white over positions, with covariance D over channels,
-shows at the outputs as tr(S D), in units of their power (the output side of K-FAC: Martens and Grosse, arXiv 1503.05671).
+[channels, channels] is the mean over images; of tensors whose channels are not mixed its diagonal is enough. An error of t
+that is white over positions, with covariance D over channels, shows at the outputs as tr(S D), in units of their power (the
+output side of K-FAC: Martens and Grosse, arXiv 1503.05671).
 
 The backward pass is an ONNX graph of its own, appended to the forward one operator by operator from the table below. In front
 of an operator outside of the table (LSTM), its input counts as an output. Where a form of an operator is not known, what stands
