@@ -115,6 +115,8 @@ def _path(
         (writer,) = group.producers
         if group.written or group.read or writer.bias is None or behind_activation(graph, writer.output) not in grids:
             return None
+        if any(graph.producer[name].op_type == "Mul" for name in group.tensors):
+            return None  # excited by factors of as many channels as there were
         groups.append(group)
         writers.append(writer)
         for layer in group.consumers:

@@ -167,3 +167,22 @@ def test_copies_are_made_and_named(monkeypatch):
     assert any("channels copied" in row.reason for row in result.report.layers)
     weights_only = onnx_lwdf.compress(model, weight_bits=8, activation_bits="float", samples=32)
     assert not any("copied" in row.reason for row in weights_only.report.layers)
+
+
+def test_excited_channels_are_not_copied(monkeypatch):
+    """A Mul's other side has as many channels as before."""
+    monkeypatch.setattr(copies, "choose", lambda noise, *_: [np.full(len(one), 2) for one in noise])
+    text = NET.replace(
+        "e = Conv (d, w2, b2)",
+        "q = GlobalAveragePool (d) r = Conv (q, w4) s = HardSigmoid (r) t = Mul (d, s) e = Conv (t, w2, b2)",
+    )
+    rng = np.random.default_rng(0)
+    model = onnx.ModelProto.FromString(network().SerializeToString())
+    nodes = onnx.parser.parse_model(text).graph.node
+    del model.graph.node[:], model.graph.value_info[:]
+    model.graph.node.extend(nodes)
+    model.graph.initializer.append(onnx.numpy_helper.from_array(rng.normal(size=(6, 6, 1, 1)).astype(np.float32), "w4"))
+    graph, layers, *_ = prepared(model, 8)
+    grids = {name: ActivationGrid(0.1, 0, 8) for name in ("b", "d", "t", "q", "f")}
+    assert copies.find_paths(graph, find_groups(graph, layers), grids) == []
+    assert onnx_lwdf.compress(model, bits=8, samples=16, input_mean=[0.0], input_std=[1.0]).report.compressed
