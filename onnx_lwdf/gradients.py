@@ -161,9 +161,9 @@ class _Backward:
         return {name: float((value.astype(np.float64) ** 2).sum()) for name, value in zip(ends, answers, strict=True)}
 
     def _before_softmax(self, name: str) -> str:
-        """What decides stands in front of it: behind it, a confident answer has no slope."""
+        """What decides stands in front of it: behind it, a confident answer has no slope. A Sigmoid's values are answers."""
         node = self.graph.producer.get(name)
-        plain = ("Softmax", "LogSoftmax", "Sigmoid", "Identity")
+        plain = ("Softmax", "LogSoftmax", "Identity")
         return self._before_softmax(node.input[0]) if node is not None and node.op_type in plain else name
 
     def _through(self, node: onnx.NodeProto) -> None:
