@@ -28,7 +28,6 @@ from onnx_lwdf.activations.data import load
 from onnx_lwdf.activations.inputs import InputSpec, read_inputs
 from onnx_lwdf.graph import Graph
 from onnx_lwdf.precondition import transform
-from onnx_lwdf.precondition.copies import Copied
 from onnx_lwdf.precondition.fold import fold
 from onnx_lwdf.ranges import F64, ActivationGrid, grid_for
 from onnx_lwdf.runtime import open_session, run
@@ -76,13 +75,8 @@ def _no_transform(
     return samples, statistics, gradients
 
 
-def _no_copies(
-    graph: Graph, layers: Any, groups: object, grids: object, samples: Any, statistics: Any, *_: object
-) -> Copied:
-    return Copied(layers, samples, statistics, {})
-
-
 def _no_gradients(*_: object) -> Mapping[str, Any]:
+    """Without them nothing is weighed at the outputs, and no channel is copied."""
     return {}
 
 
@@ -95,16 +89,15 @@ def _not_stretched(
 OBSERVED: Replacement = (calibration, "search_grid", _observed_range)
 SQUARED: Replacement = (calibration, "POWERS", (2.0, 2.0))
 UNCORRECTED: Replacement = (layerwise, "mean_correction", _no_correction)
+LOCAL: Replacement = (STEPS, "sensitivities", _no_gradients)
 UNTRANSFORMED: Sequence[Replacement] = (
     (STEPS, "transform_groups", _no_transform),
-    (STEPS, "copy_channels", _no_copies),
-    (STEPS, "sensitivities", _no_gradients),
+    LOCAL,
 )
 EQUALIZED: Sequence[Replacement] = (
     (transform, "MOST_CHANNELS", 0),  # of matrix transforms: diagonals remain
     (transform, "_stretched", _not_stretched),
-    (STEPS, "copy_channels", _no_copies),
-    (STEPS, "sensitivities", _no_gradients),
+    LOCAL,
 )
 
 METHODS: Mapping[str, Method] = {

@@ -24,10 +24,10 @@ import numpy as np
 import numpy.typing as npt
 import onnx
 
-from onnx_lwdf.activations.taps import Align, Feed, pads_for, replace_aligned
+from onnx_lwdf.activations.taps import Align, Feed, pads_for, replace_aligned, samples_in
 from onnx_lwdf.errors import ModelError
 from onnx_lwdf.graph import Graph, attribute
-from onnx_lwdf.layers import Window
+from onnx_lwdf.layers import window_of
 from onnx_lwdf.runtime import Array, copy_of, open_session, run, trim
 from onnx_lwdf.statistics import F64, Statistics
 
@@ -74,7 +74,7 @@ def sensitivities(
         log.debug("no gradients: %s", error)
         return {}
     trim()
-    count = sum(_size(feed) for feed in feeds)
+    count = sum(samples_in(feed) for feed in feeds)
     return {tensor: total / count for tensor, total in sums.items() if np.isfinite(total).all() and total.any()}
 
 
@@ -85,17 +85,13 @@ def strengths(sensitivity: F64) -> F64:
 
 def _feeds(chunks: Sequence[Feed]) -> list[Feed]:
     """The first images, in chunks of one small size."""
-    size = min(CHUNK, _size(chunks[0]))
+    size = min(CHUNK, samples_in(chunks[0]))
     parts: list[Feed] = [
         {name: value[start : start + size] if value.ndim else value for name, value in chunk.items()}
         for chunk in chunks
-        for start in range(0, _size(chunk) - size + 1, size)
+        for start in range(0, samples_in(chunk) - size + 1, size)
     ]
     return parts[: max(1, IMAGES // size)]
-
-
-def _size(feed: Feed) -> int:
-    return max((len(value) for value in feed.values() if value.ndim), default=1)
 
 
 @dataclass
@@ -128,7 +124,7 @@ class _Backward:
         for name in ends:
             if name in floats and (power := powers[name]) > 0:
                 seed = graph.unique("gradient.seed")
-                self.seeds[name] = seed, math.sqrt(_size(self.feed) / power)
+                self.seeds[name] = seed, math.sqrt(samples_in(self.feed) / power)
                 self.parts[name] = [seed]
         self.blocked.update(graph.captured)  # by a node's own graph: what it does there is not followed
         for node in reversed(nodes):
@@ -261,7 +257,7 @@ def _convolution(back: _Backward, node: onnx.NodeProto, gradient: str) -> bool:
     source, made = back.shape(node.input[0])[2:], back.shape(node.output[0])[2:]
     if weight is None:
         return False
-    window = _window(node, weight.shape[2:])
+    window = window_of(node, weight.shape[2:])
     begins, ends = pads_for(window, source)
     reach = [d * (k - 1) + 1 for k, d in zip(window.kernel, window.dilations, strict=True)]
     rest = [
@@ -281,7 +277,7 @@ def _convolution(back: _Backward, node: onnx.NodeProto, gradient: str) -> bool:
 
 def _transposed(back: _Backward, node: onnx.NodeProto, gradient: str) -> bool:
     weight = back.graph.constant(node.input[1])
-    window = None if weight is None else _window(node, weight.shape[2:])
+    window = None if weight is None else window_of(node, weight.shape[2:])
     if window is None or window.pads is None or any(attribute(node, "output_padding", ())):
         return False
     options = {
@@ -293,14 +289,6 @@ def _transposed(back: _Backward, node: onnx.NodeProto, gradient: str) -> bool:
     }
     back.give(node.input[0], back.add("Conv", [gradient, node.input[1]], **options))
     return True
-
-
-def _window(node: onnx.NodeProto, kernel: Shape) -> Window:
-    ones = (1,) * len(kernel)
-    auto = attribute(node, "auto_pad", "NOTSET")
-    pads = tuple(attribute(node, "pads", (0,) * 2 * len(kernel))) if auto in ("NOTSET", "VALID") else None
-    strides, dilations = (tuple(attribute(node, name, ones)) for name in ("strides", "dilations"))
-    return Window(tuple(kernel), strides, dilations, pads, auto)
 
 
 def _gemm(back: _Backward, node: onnx.NodeProto, gradient: str) -> bool:
@@ -396,7 +384,7 @@ def _average(back: _Backward, node: onnx.NodeProto, gradient: str) -> bool:
     kernel = tuple(attribute(node, "kernel_shape"))
     channels, source = back.shape(node.input[0])[1], back.shape(node.input[0])[2:]
     made = back.shape(node.output[0])[2:]
-    window = _window(node, kernel)
+    window = window_of(node, kernel)
     begins, ends = pads_for(window, source)
     parts = zip(source, made, window.strides, kernel, begins, ends, strict=True)
     rest = [n - ((m - 1) * s + k - b - e) for n, m, s, k, b, e in parts]

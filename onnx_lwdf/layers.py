@@ -284,17 +284,18 @@ def _layer(graph: Graph, node: onnx.NodeProto) -> Layer:
         node=node,
         groups=int(attribute(node, "group", 1)) if convolution else 1,
         transposed=node.op_type == "Gemm" and bool(attribute(node, "transB", 0)),
-        window=_window(node, value.shape) if convolution else None,
+        window=window_of(node, value.shape[2:]) if convolution else None,
         bias=_bias_place(graph, node),
     )
 
 
-def _window(node: onnx.NodeProto, shape: tuple[int, ...]) -> Window:
-    rank = len(shape) - 2
+def window_of(node: onnx.NodeProto, kernel: tuple[int, ...]) -> Window:
+    """How a node of this kernel moves over its input."""
+    rank = len(kernel)
     auto_pad = str(attribute(node, "auto_pad", "NOTSET"))
     pads = {"NOTSET": attribute(node, "pads", [0] * 2 * rank), "VALID": [0] * 2 * rank}.get(auto_pad)
     return Window(
-        kernel=shape[2:],
+        kernel=kernel,
         strides=tuple(attribute(node, "strides", [1] * rank)),
         dilations=tuple(attribute(node, "dilations", [1] * rank)),
         pads=None if pads is None else tuple(pads),

@@ -21,11 +21,9 @@ from onnx_lwdf.mapped import ROOT, has_mapped
 PROTOBUF_LIMIT_BYTES = 2**31 - 2**20  # a ModelProto above 2 GiB does not serialize
 WARNINGS, ERRORS_ONLY, NOTHING = 2, 3, 4  # onnxruntime's log levels; WARNINGS is its default
 
+# 1.19.2 looks for some mapped files in the working folder; between that and 1.32 nothing was tried.
+OLDEST_MAPPED = (1, 20)
 # What would make changed copies of weights; of a model whose weights are mapped it is left out.
-OLDEST_MAPPED = (
-    1,
-    20,
-)  # 1.19.2 looks for some mapped files in the working folder; between that and 1.32 nothing was tried
 COPYING = ("ConstantFolding", "ConvBNFusion", "ConvMulFusion", "MatMul_BatchNormalization_Fusion")
 
 STANDARD = ("", "ai.onnx", "ai.onnx.ml")  # domains of ONNX's own operators

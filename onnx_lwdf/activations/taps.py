@@ -44,6 +44,10 @@ class Moments:
     hessian: F64  # [groups, in, in], E[x x^T]
     doubt: F64  # [groups], how much of the correlations is chance: their variance between chunks over their square
 
+    def of(self, groups: npt.NDArray[np.bool_] | Indices) -> Moments:
+        """Of these groups: a mask, or their places."""
+        return Moments(self.mean[groups], self.hessian[groups], self.doubt[groups])
+
     @property
     def covariance(self) -> F64:
         """[groups, in, in] around the mean, what chance made of its off-diagonal taken away by shrinking it.
@@ -146,7 +150,7 @@ def sample(
     graph = Graph(copy_of(model))
     known = statistics if align else {}
     shapes = tensor_shapes(model, [*(layer.input for layer in layers), *tensors, *known], chunks[0])
-    batch = max((len(value) for value in chunks[0].values() if value.ndim), default=1)
+    batch = samples_in(chunks[0])
     total = batch * len(chunks)
     aligned = {
         name: replace_aligned(graph, name, align, known[name], (batch, *shapes[name][1:]))
@@ -162,6 +166,11 @@ def sample(
     samples = _run(graph, taps, values, chunks, rng, keep)
     trim()
     return samples
+
+
+def samples_in(feed: Feed) -> int:
+    """How many samples one run of this feed takes."""
+    return max((len(value) for value in feed.values() if value.ndim), default=1)
 
 
 def replace_aligned(graph: Graph, tensor: str, align: Align, known: ChannelStatistics, shape: tuple[int, ...]) -> str:

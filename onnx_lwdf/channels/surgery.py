@@ -59,7 +59,7 @@ def cut(
         changed = target.copy()
         changed[CHANNEL_AXIS] = kept[tensor].sum()
         graph.set_input(node, 1, changed, node.input[1])
-    _correct_shapes(graph, kept)
+    correct_shapes(graph, {name: int(mask.sum()) for name, mask in kept.items()})
     moments = {item.layer.name: item.moments for item in done}
     cut_tensors = {name for name, mask in kept.items() if not mask.all()}  # of the others axis 1 may hold no channels
     values = {name: value[kept[name]] if name in cut_tensors else value for name, value in samples.values.items()}
@@ -74,7 +74,7 @@ def _cut_layer(
         return CutLayer(layer, moments, 0, None)
     removed = int((~written).sum())
     if is_depthwise(graph, layer):
-        return CutLayer(_cut_depthwise(graph, layer, read, written), _only(moments, read), removed, None)
+        return CutLayer(_cut_depthwise(graph, layer, read, written), moments.of(read), removed, None)
     if layer.groups > 1:  # its channels all stay
         return CutLayer(layer, moments, 0, None)
     weight, bias = weight_of(graph, layer), bias_of(graph, layer)
@@ -100,9 +100,7 @@ def _cut_depthwise(graph: Graph, layer: Layer, read: Mask, written: Mask) -> Lay
     _store(graph, layer, smaller, weight_of(graph, layer)[read], (int(written.sum()), 1))
     if _has_bias(layer):
         set_bias(graph, layer, bias[written])
-    for item in layer.node.attribute:
-        if item.name == "group":
-            item.i = smaller.groups
+    set_groups(layer, smaller.groups)
     return smaller
 
 
@@ -130,19 +128,22 @@ def _has_bias(layer: Layer) -> bool:
     )
 
 
-def _only(moments: Moments, groups: Mask) -> Moments:
-    return Moments(moments.mean[groups], moments.hessian[groups], moments.doubt[groups])
-
-
 def _decibels(rows: F64, smaller: F64, spread: F64, columns: Mask) -> float:
     signal = float(np.einsum("oi,oi->", rows @ spread, rows))
     noise = left_over(rows, smaller, spread, columns)
     return float(10 * np.log10(signal / noise)) if noise > 0 and signal > 0 else float(np.inf)
 
 
-def _correct_shapes(graph: Graph, kept: Mapping[str, Mask]) -> None:
-    """What the model says about the shapes of its inner tensors."""
+def set_groups(layer: Layer, groups: int) -> None:
+    """Let a grouped layer's node say that it has so many groups."""
+    for item in layer.node.attribute:
+        if item.name == "group":
+            item.i = groups
+
+
+def correct_shapes(graph: Graph, channels: Mapping[str, int]) -> None:
+    """Let what the model says about the shapes of these inner tensors name so many channels."""
     for info in graph.model.graph.value_info:
         dims = info.type.tensor_type.shape.dim
-        if info.name in kept and len(dims) > CHANNEL_AXIS and dims[CHANNEL_AXIS].HasField("dim_value"):
-            dims[CHANNEL_AXIS].dim_value = int(kept[info.name].sum())
+        if info.name in channels and len(dims) > CHANNEL_AXIS and dims[CHANNEL_AXIS].HasField("dim_value"):
+            dims[CHANNEL_AXIS].dim_value = channels[info.name]

@@ -25,6 +25,7 @@ import numpy as np
 import numpy.typing as npt
 
 from onnx_lwdf.activations.taps import Feed, Moments, Samples, tensor_shapes
+from onnx_lwdf.channels.surgery import correct_shapes, set_groups
 from onnx_lwdf.gradients import Sensitivities, strengths
 from onnx_lwdf.graph import Graph
 from onnx_lwdf.layers import Layer, bias_of, find_layers, is_depthwise, output_axis, set_bias, shape_of
@@ -205,11 +206,8 @@ def _copy(
         if made in values:
             values[made] = _moved(values[made], offset, clip_bounds(graph, graph.producer[made]) or (None, None))
         if layer.groups > 1:
-            for item in layer.node.attribute:
-                if item.name == "group":
-                    item.i = len(order)
-            old = moments[layer.name]
-            moments[layer.name] = Moments(old.mean[order], old.hessian[order], old.doubt[order])
+            set_groups(layer, len(order))
+            moments[layer.name] = moments[layer.name].of(order)
     for layer in path.readers:
         _take(graph, layer, order, 1 - output_axis(layer), share)
         channels = len(counts)
@@ -217,7 +215,7 @@ def _copy(
         old = moments[layer.name]
         inside = old.hessian[:, columns[:, None], columns]
         moments[layer.name] = Moments(old.mean[:, columns], inside, old.doubt)
-    _correct_shapes(graph, tensors, len(order))
+    correct_shapes(graph, dict.fromkeys(tensors, len(order)))
     known = {name: value.of(order) if name in tensors else value for name, value in statistics.items()}
     return replace(samples, moments=moments, values=values), known
 
@@ -242,11 +240,3 @@ def _take(graph: Graph, layer: Layer, order: Indices, axis: int, factor: F64 | N
         shape[axis] = len(order)
         taken = (taken * factor.reshape(shape)).astype(value.dtype)
     graph.set_input(layer.node, 1, taken, layer.weight)
-
-
-def _correct_shapes(graph: Graph, tensors: set[str], channels: int) -> None:
-    """What the model says about the shapes of its inner tensors."""
-    for info in graph.model.graph.value_info:
-        dims = info.type.tensor_type.shape.dim
-        if info.name in tensors and len(dims) > 1 and dims[1].HasField("dim_value"):
-            dims[1].dim_value = channels
