@@ -4,7 +4,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 ENV := .venv/.ready
 
-.PHONY: demo test test-oldest fuzz lint bench bench-large bench-methods bench-networks clean
+.PHONY: demo test test-oldest fuzz lint bench bench-large bench-methods bench-networks bench-scenes clean
 
 demo: $(ENV)
 	@mkdir -p build
@@ -47,6 +47,10 @@ bench-methods: $(ENV)
 # The table of docs/networks.md: make bench-networks NETWORKS=folder IMAGES=folder
 bench-networks: $(ENV)
 	$(BIN)/python bench/networks.py $(NETWORKS) $(IMAGES) --into docs/networks.md
+
+# What judges the synthetic images: make bench-scenes NETWORKS='one.onnx other.onnx'
+bench-scenes: $(ENV)
+	$(BIN)/python bench/scenes.py $(NETWORKS)
 
 $(ENV): pyproject.toml
 	$(PYTHON) -m venv .venv

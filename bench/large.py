@@ -21,7 +21,7 @@ import numpy as np
 import onnx
 from onnx import TensorProto, helper, numpy_helper
 
-from onnx_lwdf.activations.images import dead_leaves
+from onnx_lwdf.activations.images import scenes
 
 WIDTH = 256  # channels between blocks
 CONVOLUTIONS, CONVOLUTION_PIECES = 4, 32  # a Conv: WIDTH -> WIDTH * pieces, 8 MiB
@@ -94,7 +94,7 @@ class Network:
 
 def build(path: Path, gib: float) -> None:
     network = Network(path.with_suffix(".bin"))
-    images = (dead_leaves(IMAGES, 3, SIDE, SIDE, np.random.default_rng(1)) - 0.5) * 4  # -2 to 2
+    images = (scenes(IMAGES, 3, SIDE, SIDE, np.random.default_rng(1)) - 0.5) * 4  # -2 to 2
     places = SIDE // STRIDE
     patches = images.reshape(IMAGES, 3, places, STRIDE, places, STRIDE).transpose(0, 2, 4, 1, 3, 5)
     weight, matrix = network.weight("stem.weight", (WIDTH, 3, STRIDE, STRIDE))

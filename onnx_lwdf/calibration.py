@@ -30,7 +30,7 @@ from onnx_lwdf.sites import Site, behind_activation, clip_bounds
 
 POWERS = (2.0, 3.0)  # of the error
 POOLED = 1.5  # times what synthetic images show: Fashion-MNIST's training images reach 1.1 to 1.8 times as far
-CLEAR_GAIN = 0.9  # what the noise of the second must fall to below 8 bits: less is chance, from seed to seed
+CLEAR = 0.9  # a ratio of two noises that is not chance, from seed to seed
 
 
 def calibrate(
@@ -53,8 +53,8 @@ def calibrate(
     if other == found:
         return found
     noises = [grid_noise(graph, layers, plan, sites, grids, samples, feed, config)[0] for grids in (found, other)]
-    least = 1.0 if all(site.bits == 8 for site in unbounded) else CLEAR_GAIN
-    return other if noises[1] < least * noises[0] else found
+    most = 1 / CLEAR if all(site.bits == 8 for site in unbounded) else CLEAR
+    return other if noises[1] < most * noises[0] else found
 
 
 def _grids(

@@ -10,7 +10,7 @@ import onnx
 from hypothesis import strategies as st
 from onnx import helper, numpy_helper
 
-from onnx_lwdf.activations.images import dead_leaves
+from onnx_lwdf.activations.images import scenes
 from onnx_lwdf.runtime import Array
 from tests.nets import trained
 
@@ -173,5 +173,5 @@ def networks(draw: Callable[..., object]) -> onnx.ModelProto:
 
 def images(channels: int, height: int, width: int, count: int, seed: int) -> Array:
     """What NORMALIZED says of the network's inputs."""
-    pixels = 255 * dead_leaves(count, channels, height, width, np.random.default_rng(seed))
+    pixels = 255 * scenes(count, channels, height, width, np.random.default_rng(seed))
     return ((pixels - NORMALIZED["input_mean"][0]) / NORMALIZED["input_std"][0]).astype(np.float32)

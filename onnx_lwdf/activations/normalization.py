@@ -10,7 +10,7 @@ from onnx_lwdf.activations.images import F32
 
 ESTIMATED_REACH = 3.0  # deviations around the mean that an input of estimated normalization is given
 ESTIMATED = "estimated"
-DEAD_LEAVES_MEAN, DEAD_LEAVES_DEVIATION = 127.5, 71.0  # of the synthetic pixels, measured
+SCENES_MEAN, SCENES_DEVIATION = 127.5, 78.0  # of the synthetic pixels, measured
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,8 +37,8 @@ class Normalization:
 
     def _estimated_range(self) -> tuple[float, float]:
         """Mean and deviation are known, the black and the white point are not."""
-        centers = [(DEAD_LEAVES_MEAN - m) / s for m, s in zip(self.mean, self.std, strict=True)]
-        reach = ESTIMATED_REACH * max(DEAD_LEAVES_DEVIATION / s for s in self.std)
+        centers = [(SCENES_MEAN - m) / s for m, s in zip(self.mean, self.std, strict=True)]
+        reach = ESTIMATED_REACH * max(SCENES_DEVIATION / s for s in self.std)
         return min(centers) - reach, max(centers) + reach
 
 

@@ -9,7 +9,7 @@ import onnx
 import pytest
 from onnx import numpy_helper
 
-from onnx_lwdf.activations.images import dead_leaves
+from onnx_lwdf.activations.images import scenes
 from onnx_lwdf.activations.inputs import find_inputs, read_inputs
 from onnx_lwdf.activations.normalization import CONVENTIONS, ESTIMATED, Normalization
 from onnx_lwdf.config import Config
@@ -32,7 +32,7 @@ def trained_with(normalization: Normalization, layout: str = "NCHW") -> onnx.Mod
     """A first layer whose BatchNormalization stored what images of this normalization give."""
     rng = np.random.default_rng(5)
     weight = rng.normal(0, 0.5, (24, 3, 3, 3))
-    images = normalization.apply(dead_leaves(128, 3, 32, 32, np.random.default_rng(99)))
+    images = normalization.apply(scenes(128, 3, 32, 32, np.random.default_rng(99)))
     windows = np.lib.stride_tricks.sliding_window_view(images, (3, 3), axis=(2, 3))  # [N, C, H, W, 3, 3]
     output = np.einsum("ncyxij,ocij->noyx", windows, weight)
     tensors = {
@@ -98,7 +98,7 @@ def test_without_batchnorm_the_assumption_is_said():
 @pytest.mark.parametrize("convention", CONVENTIONS[:2], ids=lambda c: c.name)
 def test_a_folded_bottleneck_tells_what_to_assume(convention):
     """Trained with either convention, then folded: the bias fits the right one, and the wrong one does not fit it."""
-    images = convention.apply(dead_leaves(96, 3, 96, 96, np.random.default_rng(99)))
+    images = convention.apply(scenes(96, 3, 96, 96, np.random.default_rng(99)))
     rng = np.random.default_rng(3)
     shapes = {"w0": (16, 3, 3, 3), "b0": (16,), "w1": (16, 16, 1, 1), "w2": (4, 16, 1, 1), "w3": (4, 4, 1, 1)}
     tensors = {name: rng.normal(0, 0.5, shape) for name, shape in shapes.items()}
@@ -143,17 +143,6 @@ def test_given_normalization_wins():
 def test_wrong_options(options, words):
     with pytest.raises(OptionError, match=words):
         read(residual(), **options)
-
-
-def test_dead_leaves_are_images_with_a_falling_spectrum():
-    images = dead_leaves(8, 3, 64, 64, np.random.default_rng(0))
-    assert images.shape == (8, 3, 64, 64)
-    assert images.dtype == np.float32
-    assert images.min() >= 0
-    assert images.max() <= 1
-    power = np.abs(np.fft.rfft(images - images.mean(axis=-1, keepdims=True), axis=-1)).mean((0, 1, 2)) ** 2
-    slope = np.polyfit(np.log(np.arange(2, 24)), np.log(power[2:24]), 1)[0]
-    assert -3 < slope < -1  # photographs: about -2
 
 
 def test_initializers_of_a_real_file_are_not_touched_by_reading():

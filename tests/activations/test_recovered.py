@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from onnx_lwdf.activations.images import dead_leaves
+from onnx_lwdf.activations.images import scenes
 from onnx_lwdf.activations.recovered import bottlenecks, left_over, recover
 from onnx_lwdf.compress import prepare
 from onnx_lwdf.config import Config
@@ -165,7 +165,7 @@ def test_the_rung_of_every_layer():
 
 @pytest.mark.parametrize(("source", "recovered"), [("aligned", True), ("gaussian", False)])
 def test_only_images_are_aligned_to_what_is_recovered(source, recovered):
-    images = 2 * dead_leaves(64, 3, 12, 12, np.random.default_rng(1)) - 1
+    images = 2 * scenes(64, 3, 12, 12, np.random.default_rng(1)) - 1
     graph, _, _ = folded(bottleneck_net(feeds={"x": images}))
     prepared = prepare(graph.model, Config(activations_from=source, input_range=(-1.0, 1.0)))
     assert ("recovered" in prepared.origins.values()) == recovered
