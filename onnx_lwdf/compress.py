@@ -146,7 +146,8 @@ def _compress(
     reference = floating if config.weight_bits is None else graph.snapshot()
     solved = work.solved
     if config.recalibrate and config.source in RUN_TWICE:
-        solved = recalibrate(graph, solved, work.statistics, chunks)
+        known = {} if config.source == "data" else work.statistics  # data are what channels shall have, as they are
+        solved = recalibrate(graph, solved, known, chunks)
         on_layer(Progress("recalibrate", "", 1, 1))
 
     outputs = {layer.name: layer.output for layer in work.layers}  # by the names that they have in the float model
@@ -213,7 +214,7 @@ def _solve(source: Source, prepared: Prepared, chunks: Sequence[Feed], config: C
     sizes = _sizes(source, graph, layers, sites, config)
     most = config.most_bytes(source.size_bytes)
     plan = expected(prepared.plan, sizes, most) if config.auto_bits else prepared.plan
-    statistics = {} if config.source == "data" else pruned.statistics
+    statistics = pruned.statistics
     pixels = pixel_ranges(graph, prepared.inputs)
     gradients = _gradients(graph, layers, groups, samples, statistics, chunks, config)
     on_layer(Progress("gradients", "", 1, 1))

@@ -85,8 +85,8 @@ def relative_loss(loss: float, weight: F64, covariance: F64) -> float:
 
 
 def numbers(outputs: Sequence[Array]) -> list[F64]:
-    """The outputs that are real numbers: a class index has no error to measure."""
-    return [value.astype(np.float64) for value in outputs if value.dtype.kind == "f"]
+    """The outputs that are real numbers: a class index has no error to measure, nor has an empty output."""
+    return [value.astype(np.float64) for value in outputs if value.dtype.kind == "f" and value.size]
 
 
 def power_share(exact: Sequence[F64]) -> float:

@@ -65,6 +65,25 @@ def test_real_data_through_the_same_taps(tmp_path):
     assert {layer.statistics for layer in result.report.layers} == {"data"}
 
 
+@pytest.mark.parametrize(("source", "aligned"), [("aligned", True), ("data", False)])
+def test_what_stored_statistics_are_for(source, aligned, tmp_path, monkeypatch):
+    """They bound channels behind a Clip whatever the inputs are; data are what channels shall have, as they are."""
+    seen, steps = {}, sys.modules["onnx_lwdf.compress"]  # the package's attribute of that name is the function
+    for name, place in (("transform_groups", 4), ("recalibrate", 2)):
+        step = getattr(steps, name)
+
+        def kept(*given, name=name, place=place, step=step):
+            seen[name] = given[place]
+            return step(*given)
+
+        monkeypatch.setattr(steps, name, kept)
+    np.save(tmp_path / "images.npy", load()[0][:32])
+    path = tmp_path / "images.npy" if source == "data" else source
+    onnx_lwdf.compress(MODELS / "fmnist-mbv2-bn.onnx", samples=32, jobs=1, activations_from=path)
+    assert any(value.far is not None for value in seen["transform_groups"].values())
+    assert bool(seen["recalibrate"]) == aligned
+
+
 def test_the_callers_model_is_not_changed():
     source = residual()
     before = source.SerializeToString(deterministic=True)
