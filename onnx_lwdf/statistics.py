@@ -54,6 +54,12 @@ class ChannelStatistics:
 Statistics = Mapping[str, ChannelStatistics]  # tensor name -> its statistics
 
 
+def divergence(mean: F64, deviation: F64, other_mean: F64, other_deviation: F64) -> F64:
+    """KL(N(mean, deviation) || N(other mean, other deviation)) of every channel in nats; all [channels], deviations > 0."""
+    ratio, offset = deviation / other_deviation, (mean - other_mean) / other_deviation
+    return np.asarray(0.5 * (ratio**2 + offset**2 - 1) - np.log(ratio))
+
+
 def origin(
     graph: Graph, tensor: str, statistics: Statistics, recovered: Statistics, known_inputs: Iterable[str]
 ) -> str:

@@ -57,8 +57,9 @@ def _scene(shape: tuple[int, int, int], rng: np.random.Generator) -> F32:
 def _leaves(shape: tuple[int, int, int], rng: np.random.Generator) -> F64:
     channels, height, width = shape
     side = min(height, width)
-    shapes = int(np.clip(SHAPES_PER_PIXEL * height * width, 16, MOST_SHAPES))
-    smallest = SMALLEST_RADIUS * max(1.0, (SHAPES_PER_PIXEL * height * width / MOST_SHAPES) ** 0.5)
+    fair = SHAPES_PER_PIXEL * height * width
+    shapes = int(np.clip(fair, 16, MOST_SHAPES))
+    smallest = SMALLEST_RADIUS * max(1.0, (fair / MOST_SHAPES) ** 0.5)
     largest = max(LARGEST_RADIUS * side, smallest + 1)
     # inverse of the cumulative distribution of the density r^-3
     radius = (rng.random(shapes) * (largest**-2 - smallest**-2) + smallest**-2) ** -0.5
