@@ -87,7 +87,7 @@ def _not_stretched(
 
 
 OBSERVED: Replacement = (calibration, "search_grid", _observed_range)
-SQUARED: Replacement = (calibration, "POWERS", (2.0, 2.0))
+UNWIDENED: Replacement = (calibration, "REACH", 1.0)
 UNCORRECTED: Replacement = (layerwise, "mean_correction", _no_correction)
 LOCAL: Replacement = (STEPS, "sensitivities", _no_gradients)
 UNTRANSFORMED: Sequence[Replacement] = (
@@ -119,7 +119,7 @@ METHODS: Mapping[str, Method] = {
     "paper": Method(
         "equalization, Gaussian draws as layer inputs, each layer solved on them, ranges of least error, bias correction",
         {"recalibrate": False, "activations_from": "gaussian"},
-        (SQUARED, *EQUALIZED),
+        (UNWIDENED, *EQUALIZED),
     ),
     "ours": Method("the defaults"),
 }

@@ -228,7 +228,7 @@ def _solve(source: Source, prepared: Prepared, chunks: Sequence[Feed], config: C
     on_layer(Progress("precondition", "", 1, 1))
 
     pruning = share_budget(graph, layers, prepared.pruning, samples, chunks[0], config)
-    grids = calibrate(graph, layers, plan, sites, samples, prepared.inputs, chunks[0], config, spans, gradients)
+    grids = calibrate(graph, layers, plan, sites, samples, prepared.inputs, chunks, config, spans, gradients)
     notes = dict(pruned.notes)
     if not any(one.asked for one in pruning.values()):
         groups = find_groups(graph, layers)

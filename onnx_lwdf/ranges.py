@@ -3,7 +3,7 @@
     code = clip(round(x / scale) + zero_point, 0, 2^bits - 1),    stored value = scale (code - zero_point)
 
 The range [low, high] contains 0, which is exactly representable. It is searched on samples for the least weighted sum
-of |error|^power, rounding and clipping together; min/max ranges waste codes on values that hardly occur.
+of error^2, rounding and clipping together; min/max ranges waste codes on values that hardly occur.
 """
 
 from __future__ import annotations
@@ -59,10 +59,13 @@ def grid_for(low: float, high: float, bits: int, symmetric: bool = False) -> Act
     return ActivationGrid(float(scale), zero_point, bits)
 
 
-def widened(grid: ActivationGrid, factor: float, symmetric: bool = False) -> ActivationGrid:
-    """The grid over so many times the range."""
-    low, high = -grid.zero_point * grid.scale, (grid.levels - grid.zero_point) * grid.scale
-    return grid_for(low * factor, high * factor, grid.bits, symmetric)
+def widened(
+    grid: ActivationGrid, factor: float, low: float | None = None, high: float | None = None, symmetric: bool = False
+) -> ActivationGrid:
+    """The grid over so many times the range, within the bounds that the values cannot leave."""
+    least, most = -grid.zero_point * grid.scale * factor, (grid.levels - grid.zero_point) * grid.scale * factor
+    least, most = least if low is None else max(least, low), most if high is None else min(most, high)
+    return grid_for(least, most, grid.bits, symmetric)
 
 
 def search_grid(
@@ -72,9 +75,8 @@ def search_grid(
     low: float | None = None,
     high: float | None = None,
     symmetric: bool = False,
-    power: float = 2.0,
 ) -> ActivationGrid:
-    """The grid with the least weighted error on samples; the higher the power, the more it minds clipping.
+    """The grid with the least weighted squared error on samples.
 
     values, weights: [samples]. low, high: bounds that the values cannot leave (a Clip), used where they are tighter.
     """
@@ -84,7 +86,7 @@ def search_grid(
 
     def error(low: float, high: float) -> float:
         difference = grid_for(low, high, bits, symmetric).quantize(values) - values
-        return float(np.dot(weights, np.abs(difference) ** power))
+        return float(np.dot(weights, difference**2))
 
     best = (error(least, most), least, most)
     for _ in range(ROUNDS):

@@ -88,6 +88,22 @@ def ahead(graph: Graph, tensors: Iterable[str]) -> set[str]:
     return found
 
 
+def shares_passed(graph: Graph, layers: Sequence[Layer]) -> dict[str, float]:
+    """Tensor -> the share of the layers on the longest way through it that stand before it; 0 where no layer is on its way."""
+    counted = {name for layer in layers for name in layer.node.output}
+    before: dict[str, int] = dict.fromkeys(graph.inputs, 0)
+    behind: dict[str, int] = {}
+    for node in graph.nodes:
+        steps = max((before.get(name, 0) for name in node.input), default=0)
+        for name in node.output:
+            before[name] = steps + (name in counted)
+    for node in reversed(graph.nodes):
+        steps = max(behind.get(name, 0) + (name in counted) for name in node.output)
+        for name in node.input:
+            behind[name] = max(behind.get(name, 0), steps)
+    return {name: steps / max(steps + behind.get(name, 0), 1) for name, steps in before.items()}
+
+
 def behind_activation(graph: Graph, tensor: str) -> str:
     """The tensor behind the Relu or Clip that alone reads this one, else the tensor itself."""
     reader = graph.sole_consumer(tensor)

@@ -103,7 +103,7 @@ def choose_bits(
     influence = influences(graph, layers, samples.moments, feed)
     if not any(influence.values()):  # no output is a real number, or nothing reaches one
         influence = dict.fromkeys(influence, 1.0)
-    floor, share = grid_noise(graph, layers, plan, sizes.sites, grids, samples, feed, config)
+    floor, share = grid_noise(graph, layers, plan, sizes.sites, grids, samples, [feed], config)
     bits = [list(BITS) if plan[layer.name].free else [plan[layer.name].weight or BITS.stop] for layer in layers]
 
     def curve(layer: Layer, row: Sequence[int]) -> list[float]:

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from onnx_lwdf.ranges import grid_for, search_grid
+from onnx_lwdf.ranges import grid_for, search_grid, widened
 
 
 @settings(max_examples=100, deadline=None)
@@ -51,10 +51,13 @@ def test_search_is_not_worse_than_min_max_and_better_on_heavy_tails(bits):
         assert found < 0.7 * plain
 
 
-def test_a_higher_power_clips_less():
-    values = np.random.default_rng(0).standard_t(3, 50_000)
-    squared, cubed = (search_grid(values, np.ones_like(values), 6, power=power) for power in (2.0, 3.0))
-    assert cubed.scale > 1.1 * squared.scale
+def test_a_wider_grid_stays_within_its_bounds():
+    grid = grid_for(-1.0, 3.0, 8)
+    wider, bounded = widened(grid, 1.5), widened(grid, 1.5, -1.25, 4.0)
+    step = grid.scale  # zero points are whole numbers of steps
+    np.testing.assert_allclose(wider.quantize(np.array([-9.0, 9.0])), [-1.5, 4.5], atol=step)
+    np.testing.assert_allclose(bounded.quantize(np.array([-9.0, 9.0])), [-1.25, 4.0], atol=step)
+    assert widened(grid_for(0.0, 5.0, 6), 1.5, 0.0, 6.0) == grid_for(0.0, 6.0, 6)
 
 
 def test_search_respects_the_bounds_of_the_activation():
