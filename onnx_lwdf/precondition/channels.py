@@ -1,9 +1,9 @@
 """Groups of tensors whose channels can be transformed together without changing the network's function.
 
 A layer's output channels may be multiplied by s > 0 and the next layer's input channels by 1/s wherever everything in
-between is positively homogeneous and acts channel by channel (Relu, pools, Add). Where it is linear (nothing but Add and
-average pools), any invertible matrix may stand in the place of s. Residual chains share one transform. Behind a
-Clip(0, c) a channel may be multiplied too, by as much as leaves it below c: then the Clip does not touch it.
+between is positively homogeneous and acts channel by channel (Relu, pools, Add). Where it is linear (nothing but Add,
+average pools and interpolation), any invertible matrix may stand in the place of s. Residual chains share one transform.
+Behind a Clip(0, c) a channel may be multiplied too, by as much as leaves it below c: then the Clip does not touch it.
 
 A gate (h-swish, SiLU) ends a group, and another begins behind it: there, s is multiplied in front of the gate and behind it.
 Where a Mul joins a tensor with what was computed from it (squeeze and excitation), its channels may still be multiplied.
@@ -18,11 +18,11 @@ from dataclasses import dataclass
 import onnx
 
 from onnx_lwdf.gates import Gate, find_gates
-from onnx_lwdf.graph import Graph
+from onnx_lwdf.graph import Graph, attribute
 from onnx_lwdf.layers import Layer, input_channels, output_channels
 from onnx_lwdf.sites import ahead, clip_bounds
 
-LINEAR = ("Add", "AveragePool", "GlobalAveragePool", "Flatten")
+LINEAR = ("Add", "AveragePool", "GlobalAveragePool", "Flatten", "Resize", "Upsample")
 HOMOGENEOUS = (*LINEAR, "Relu", "LeakyRelu", "MaxPool")
 
 
@@ -150,12 +150,16 @@ def _ceiling(graph: Graph, node: onnx.NodeProto) -> float | None:
 
 
 def _channelwise(graph: Graph, node: onnx.NodeProto) -> bool:
-    """Add: both sides vary with the data. Flatten: only of a pooled tensor, whose channels are its columns."""
+    """Add: both sides vary with the data. Flatten: only of a pooled tensor, whose channels are its columns. Resize: what it
+    puts in from outside of a cropped image is no multiple of anything.
+    """
     if node.op_type == "Add":
         return all(graph.constant(name) is None for name in node.input)
     if node.op_type == "Flatten":
         source = graph.producer.get(node.input[0])
         return source is not None and source.op_type == "GlobalAveragePool"
+    if node.op_type == "Resize":
+        return bool(attribute(node, "coordinate_transformation_mode") != "tf_crop_and_resize")
     return True
 
 

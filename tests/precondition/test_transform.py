@@ -41,7 +41,15 @@ net (float[N,3,12,12] x) => (float[N,4] y) {
 """
 
 
-def bottleneck():
+INTERPOLATED = BOTTLENECK.replace(
+    "q = Conv (f, w3, b3)",
+    """g0 = MaxPool <kernel_shape = [2,2], strides = [2,2]> (f)
+    r = Conv (g0, w3, b3)
+    q = Resize <mode = "linear"> (r, region, factors)""",
+)
+
+
+def bottleneck(text=BOTTLENECK):
     rng = np.random.default_rng(3)
     shapes = {"w0": (8, 3, 3, 3), "w1": (5, 8, 1, 1), "w2": (7, 5, 1, 1), "w3": (5, 7, 1, 1), "w4": (6, 5, 1, 1)}
     shapes |= {"w5": (6, 1, 3, 3), "w6": (4, 6), "b1": 5, "b2": 7, "b3": 5, "b4": 6, "b6": 4}
@@ -49,7 +57,9 @@ def bottleneck():
     tensors["w1"][0] *= 30  # one wide channel, which a grid for all would follow
     tensors["w4"][2] *= 20
     tensors |= {name: rng.uniform(0.5, 1.5, 8) for name in ("g", "bb", "m", "v")}
-    return with_weights(BOTTLENECK, tensors)
+    if "Resize" in text:
+        tensors |= {"region": np.zeros(0), "factors": np.array([1.0, 1.0, 2.0, 2.0])}
+    return with_weights(text, tensors)
 
 
 def prepared(model, bits):
@@ -75,6 +85,19 @@ def test_groups_of_a_residual_chain():
     assert not found[frozenset({"h", "i"})].linear
     assert found[frozenset({"j", "k", "l"})].linear
     assert not any("y" in group.tensors for group in groups)  # an output keeps its scale
+
+
+def test_interpolation_is_within_a_linear_group_unless_it_crops():
+    found = {frozenset(group.tensors): group for group in prepared(bottleneck(INTERPOLATED), 8)[2]}
+    chain = found[frozenset({"p", "r", "q", "s"})]
+    assert chain.linear
+    assert {layer.output for layer in chain.producers} == {"p", "r"}
+    cropped = bottleneck(
+        INTERPOLATED.replace('"linear"', '"linear", coordinate_transformation_mode = "tf_crop_and_resize"')
+    )
+    graph = Graph(cropped)
+    fold(graph)
+    assert not any("q" in group.tensors for group in find_groups(graph, find_layers(graph)[0]))
 
 
 CLIPPED = """
@@ -175,9 +198,10 @@ def test_a_clip_stays_as_it_is_where_no_batchnormalization_tells_the_range():
     np.testing.assert_array_equal(behind_clip(graph, samples(clipped())), before)
 
 
+@pytest.mark.parametrize("text", [BOTTLENECK, INTERPOLATED])
 @pytest.mark.parametrize("bits", [4, 8])
-def test_transforms_keep_the_function_and_are_taken(bits):
-    model = bottleneck()
+def test_transforms_keep_the_function_and_are_taken(bits, text):
+    model = bottleneck(text)
     feeds, before = samples(model), answers(model, samples(model))
     graph, _, groups, plan, seen = prepared(model, bits)
     weights = {t.name: numpy_helper.to_array(t) for t in graph.snapshot().graph.initializer}
