@@ -27,6 +27,7 @@ from onnx_lwdf.graph import Graph
 from onnx_lwdf.influence import TINY, numbers, power_share, relative_error
 from onnx_lwdf.layers import Bits, Layer, blocks, find_layers, set_bias, shape_of, weight_of
 from onnx_lwdf.layerwise import bias_behind_grid
+from onnx_lwdf.precondition.norms import mean_shifts, take_up
 from onnx_lwdf.ranges import F64, ActivationGrid, grid_for, search_grid, widened
 from onnx_lwdf.runtime import open_session, run
 from onnx_lwdf.sites import Site, behind_activation, clip_bounds, shares_passed
@@ -194,6 +195,7 @@ def grid_noise(
     for layer in find_layers(twin)[0]:
         if layer.name in biases:
             set_bias(twin, layer, biases[layer.name])
+    take_up(twin, mean_shifts(graph, grids, samples))
     qdq.activations(twin, sites, grids, TARGETS[config.target].signed_activations)
     twin.commit()
     # Optimized, onnxruntime would round the float weights between the grids too.

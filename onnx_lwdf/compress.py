@@ -38,10 +38,11 @@ from onnx_lwdf.precondition.bounds import pixel_ranges
 from onnx_lwdf.precondition.channels import ChannelGroup, find_groups
 from onnx_lwdf.precondition.copies import copy_channels
 from onnx_lwdf.precondition.fold import fold
+from onnx_lwdf.precondition.norms import mean_shifts, take_up
 from onnx_lwdf.precondition.readers import beside_gates
 from onnx_lwdf.precondition.transform import transform_groups
 from onnx_lwdf.pruning import plan_pruning, share_budget
-from onnx_lwdf.ranges import ActivationGrid
+from onnx_lwdf.ranges import F64, ActivationGrid
 from onnx_lwdf.recalibration import recalibrate
 from onnx_lwdf.runtime import copy_of, open_session, unloadable
 from onnx_lwdf.sites import Site, find_sites, float_tails
@@ -150,6 +151,7 @@ def _compress(
         solved = recalibrate(graph, solved, known, chunks)
         on_layer(Progress("recalibrate", "", 1, 1))
 
+    take_up(graph, work.shifts)
     outputs = {layer.name: layer.output for layer in work.layers}  # by the names that they have in the float model
     stored = [_stored(graph, answer) for answer in solved]
     signed = TARGETS[config.target].signed_activations
@@ -182,6 +184,7 @@ class _Work:
     statistics: Statistics
     sites: Sequence[Site]
     grids: Mapping[str, ActivationGrid]
+    shifts: Mapping[str, F64]  # output of a normalization -> what the grids in front of it add in the mean
     solved: Sequence[Solved]
     kept: Mapping[str, Mask]  # tensor -> which of its channels remain
     notes: Mapping[str, str]
@@ -193,7 +196,7 @@ def _solve(source: Source, prepared: Prepared, chunks: Sequence[Feed], config: C
     graph, layers = prepared.graph, prepared.layers
     if config.source == "none":
         solved = _answers(prepared, prepared.plan, {}, isotropic(graph, layers), config, on_layer)
-        return _Work(prepared, layers, {}, [], {}, solved, {}, {}, ())
+        return _Work(prepared, layers, {}, [], {}, {}, solved, {}, {}, ())
     sites, groups = find_sites(graph, layers, prepared.plan), find_groups(graph, layers)
     tensors = [
         *(layer.input for layer in layers),
@@ -242,7 +245,8 @@ def _solve(source: Source, prepared: Prepared, chunks: Sequence[Feed], config: C
         on_layer(Progress("bits", "", 1, 1))
     shared = replace(prepared, layers=layers, pruning=pruning)
     solved = _answers(shared, plan, grids, samples, config, on_layer)
-    return _Work(shared, layers, statistics, sites, grids, solved, pruned.kept, notes, tradeoff)
+    shifts = mean_shifts(graph, grids, samples)
+    return _Work(shared, layers, statistics, sites, grids, shifts, solved, pruned.kept, notes, tradeoff)
 
 
 def _gradients(

@@ -6,49 +6,83 @@ average pools and interpolation), any invertible matrix may stand in the place o
 Behind a Clip(0, c) a channel may be multiplied too, by as much as leaves it below c: then the Clip does not touch it.
 
 A gate (h-swish, SiLU) ends a group, and another begins behind it: there, s is multiplied in front of the gate and behind it.
+So does a BatchNormalization that no layer could take up: its parameters take the factors.
 Where a Mul joins a tensor with what was computed from it (squeeze and excitation), its channels may still be multiplied.
+
+A Concat lines up channels of its inputs: behind it, and in front of it, tensors hold some of a group's channels each.
 """
 
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence, Set
+from dataclasses import dataclass, field
 
+import numpy as np
+import numpy.typing as npt
 import onnx
 
 from onnx_lwdf.gates import Gate, find_gates
 from onnx_lwdf.graph import Graph, attribute
 from onnx_lwdf.layers import Layer, input_channels, output_channels
+from onnx_lwdf.precondition.norms import Norm, find_norms
 from onnx_lwdf.sites import ahead, clip_bounds
 
 LINEAR = ("Add", "AveragePool", "GlobalAveragePool", "Flatten", "Resize", "Upsample")
 HOMOGENEOUS = (*LINEAR, "Relu", "LeakyRelu", "MaxPool")
 
+Indices = npt.NDArray[np.int64]
+Place = Indices | slice
+EVERY = slice(None)
+
 
 @dataclass(frozen=True, slots=True)
 class ChannelGroup:
-    """Tensors with one set of channels, the layers that write and those that read them."""
+    """Tensors with channels of one set, the layers that write and those that read them."""
 
     tensors: tuple[str, ...]
     producers: tuple[Layer, ...]
     consumers: tuple[Layer, ...]
     channels: int
-    linear: bool  # nothing but linear operators between producers and consumers
+    linear: bool  # nothing but linear operators between producers and consumers, on all channels at once
     ceiling: float | None = None  # c of the Clip(0, c) behind the one producer
     written: tuple[Gate, ...] = ()  # gates that put out one of the tensors
     read: tuple[Gate, ...] = ()  # gates that read one
+    norms_written: tuple[Norm, ...] = ()  # normalizations that put out one
+    norms_read: tuple[Norm, ...] = ()  # normalizations that read one
+    places: Mapping[str, Indices] = field(default_factory=dict)  # tensor -> its channels' places, beside a Concat
+    centred: bool = False  # whether the mean of every tensor may be moved: nothing between bends the values
+
+    def place(self, tensor: str) -> Place:
+        """Which of the group's channels the tensor holds, in its order."""
+        return self.places.get(tensor, EVERY)
+
+    def spread(self, tensor: str, values: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
+        """Values of the tensor's channels, each added to its place among the group's, [channels]."""
+        total = np.zeros(self.channels)
+        np.add.at(total, self.numbers(tensor), values)
+        return total
+
+    def numbers(self, tensor: str) -> Indices:
+        """The same as numbers."""
+        return np.arange(self.channels)[self.place(tensor)]
+
+    @property
+    def plain(self) -> bool:
+        """Whether layers alone write and read it, all its channels at once."""
+        return not (self.written or self.read or self.norms_written or self.norms_read or self.places)
 
 
 def find_groups(graph: Graph, layers: Sequence[Layer]) -> list[ChannelGroup]:
     """All groups, in graph order, that are written and read by these layers and touched by nothing else."""
-    gates = find_gates(graph, layers)
-    members = _connected(graph, layers, gates)
-    found = (_group(graph, layers, gates, tensors) for tensors in members)
+    gates, norms = find_gates(graph, layers), find_norms(graph)
+    widths = _widths(graph, layers, gates, norms)
+    members = _connected(graph, layers, gates, norms)
+    found = (_group(graph, layers, gates, norms, widths, tensors) for tensors in members)
     return [group for group in found if group is not None]
 
 
-def _connected(graph: Graph, layers: Sequence[Layer], gates: Sequence[Gate]) -> list[list[str]]:
+def _connected(graph: Graph, layers: Sequence[Layer], gates: Sequence[Gate], norms: Sequence[Norm]) -> list[list[str]]:
     """Tensors joined by the operators above, starting from the outputs of layers."""
     root: dict[str, str] = {}
 
@@ -64,9 +98,12 @@ def _connected(graph: Graph, layers: Sequence[Layer], gates: Sequence[Gate]) -> 
         if node.op_type in HOMOGENEOUS or _ceiling(graph, node) is not None:
             for name in node.input[:2] if node.op_type == "Add" else node.input[:1]:
                 root[find(name)] = find(node.output[0])
+        elif _joins_channels(graph, node):
+            for name in node.input:
+                root[find(name)] = find(node.output[0])
         elif (signal := excited(graph, node)) is not None:
             root[find(signal)] = find(node.output[0])
-    for name in (*(layer.output for layer in layers), *(gate.output for gate in gates)):
+    for name in (made.output for kind in (layers, gates, norms) for made in kind):
         find(name)
     groups: dict[str, list[str]] = defaultdict(list)
     for name in root:
@@ -75,21 +112,32 @@ def _connected(graph: Graph, layers: Sequence[Layer], gates: Sequence[Gate]) -> 
     return [sorted(group, key=lambda name: place.get(name, -1)) for group in groups.values()]
 
 
-def _group(graph: Graph, layers: Sequence[Layer], gates: Sequence[Gate], tensors: list[str]) -> ChannelGroup | None:
+def _group(
+    graph: Graph,
+    layers: Sequence[Layer],
+    gates: Sequence[Gate],
+    norms: Sequence[Norm],
+    widths: Mapping[str, int],
+    tensors: list[str],
+) -> ChannelGroup | None:
     """The group of these tensors, None where something else writes or reads one of them."""
     inside = set(tensors)
     writers = {id(graph.producer[layer.output]): layer for layer in layers if layer.output in inside}
     readers = {id(layer.node): layer for layer in layers if layer.input in inside}
     written = tuple(gate for gate in gates if gate.output in inside)
     read = tuple(gate for gate in gates if gate.input in inside)
+    norms_written = tuple(norm for norm in norms if norm.output in inside)
+    norms_read = tuple(norm for norm in norms if norm.input in inside)
     ends, starts = {gate.output for gate in written}, {gate.input for gate in read}
+    made = {*writers, *(id(norm.node) for norm in norms_written)}
+    taken = {*readers, *(id(norm.node) for norm in norms_read)}
     operators: set[str] = set()
     ceilings: list[float] = []
     for name in tensors:
         node = graph.producer.get(name)
         if node is None or name in graph.outputs or name in graph.captured or not graph.consumers[name]:
             return None
-        if id(node) not in writers and name not in ends:
+        if id(node) not in made and name not in ends:
             ceiling = _ceiling(graph, node)
             if ceiling is not None:
                 ceilings.append(ceiling)
@@ -97,28 +145,102 @@ def _group(graph: Graph, layers: Sequence[Layer], gates: Sequence[Gate], tensors
                 return None
             operators.add(node.op_type)
         outside = (reader for reader in graph.consumers[name] if reader.output[0] not in inside)
-        if name not in starts and any(id(reader) not in readers for reader in outside):
+        if name not in starts and any(id(reader) not in taken for reader in outside):
             return None
     producers, consumers = tuple(writers.values()), tuple(readers.values())
-    sizes = {output_channels(graph, layer) for layer in producers} | {_input_channels(graph, c) for c in consumers}
-    if not (producers or written) or not (consumers or read) or len(sizes) != 1:
+    if not (producers or written or norms_written) or not (consumers or read or norms_read):
+        return None
+    sizes = {
+        **{layer.output: output_channels(graph, layer) for layer in producers},
+        **{layer.input: _input_channels(graph, layer) for layer in consumers},
+        **{norm.output: norm.channels for norm in norms_written},
+        **{norm.input: norm.channels for norm in norms_read},
+    }
+    places: dict[str, Indices] = {}
+    if "Concat" in operators:
+        ends |= {layer.output for layer in producers} | {norm.output for norm in norms_written}
+        places = _places(graph, tensors, {**widths, **sizes}, ends)
+        channels = 1 + max((int(place.max()) for place in places.values()), default=-1)
+    elif len(set(sizes.values())) == 1:
+        channels = next(iter(sizes.values()))
+    else:
+        channels = 0
+    if channels < 1:
         return None
     if any(layer.op == "MatMul" for layer in producers):
         return None
     gated = bool(written or read)
     if gated and len({gate.axes for gate in (*written, *read)} | _axes(consumers, operators)) > 1:
         return None
+    if (norms_written or norms_read) and (gated or ceilings):
+        return None
     if ceilings and (gated or not (len(ceilings) == len(producers) == 1 and _clipped(graph, producers[0]))):
         return None
     ceiling = ceilings[0] if ceilings else None
-    linear = operators <= set(LINEAR) and not gated
-    return ChannelGroup(tuple(tensors), producers, consumers, sizes.pop(), linear, ceiling, written, read)
+    centred = operators <= {*LINEAR, "Concat"} and not gated
+    linear = centred and not (norms_written or norms_read or places)
+    beside = (written, read, norms_written, norms_read)
+    return ChannelGroup(tuple(tensors), producers, consumers, channels, linear, ceiling, *beside, places, centred)
+
+
+def _widths(graph: Graph, layers: Sequence[Layer], gates: Sequence[Gate], norms: Sequence[Norm]) -> dict[str, int]:
+    """Tensor -> how many channels it has, as far as layers, normalizations and what stands between them tell."""
+    found = {layer.output: output_channels(graph, layer) for layer in layers}
+    found |= {norm.output: norm.channels for norm in norms}
+    behind = {gate.output: gate.input for gate in gates}
+    for node in graph.nodes:
+        name = node.output[0] if node.output else ""
+        signal = behind.get(name) or excited(graph, node) or (node.input[0] if node.input else "")
+        if name in found or not name:
+            continue
+        if _joins_channels(graph, node):
+            if all(source in found for source in node.input):
+                found[name] = sum(found[source] for source in node.input)
+        elif signal in found and (name in behind or node.op_type in (*HOMOGENEOUS, "Clip", "Mul")):
+            found[name] = found[signal]
+    return found
+
+
+def _joins_channels(graph: Graph, node: onnx.NodeProto) -> bool:
+    """A Concat along the channels, of tensors that vary with the data."""
+    if node.op_type != "Concat" or attribute(node, "axis", None) != 1:
+        return False
+    return all(graph.constant(name) is None for name in node.input)
+
+
+def _places(graph: Graph, tensors: Sequence[str], widths: Mapping[str, int], ends: Set[str]) -> dict[str, Indices]:
+    """Tensor -> the places of its channels: those that an operator makes of each other share one. Empty where they do not
+    fit. `ends`: tensors that are made of none of the others, channel by channel.
+    """
+    if any(widths.get(name, 0) < 1 for name in tensors):
+        return {}
+    starts = dict(zip(tensors, np.cumsum([0, *(widths[name] for name in tensors)]), strict=False))
+    pairs: list[tuple[int, int, int]] = []  # starts of two runs of channels that are the same, and their length
+    for name in tensors:
+        node, start = graph.producer[name], int(starts[name])
+        for source in (source for source in node.input if source in starts and name not in ends):
+            if node.op_type != "Concat" and widths[source] != widths[name]:
+                return {}
+            pairs.append((int(starts[source]), start, widths[source]))
+            start += widths[source] if node.op_type == "Concat" else 0
+    labels = np.arange(sum(widths[name] for name in tensors))
+    while True:  # each channel takes the least label of those that it is the same as
+        before = labels.copy()
+        for first, second, count in (*pairs, *reversed(pairs)):
+            runs = slice(first, first + count), slice(second, second + count)
+            labels[runs[0]] = labels[runs[1]] = np.minimum(labels[runs[0]], labels[runs[1]])
+        if np.array_equal(before, labels):
+            break
+    numbers = np.unique(labels, return_inverse=True)[1]
+    return {name: numbers[start : start + widths[name]] for name, start in starts.items()}
 
 
 def _scales(graph: Graph, node: onnx.NodeProto, inside: set[str]) -> bool:
     """Whether the node puts out s times as much where those of its inputs that are inside are multiplied by s."""
     if (signal := excited(graph, node)) is not None:
         return [name for name in node.input if name in inside] == [signal]
+    if _joins_channels(graph, node):
+        return inside.issuperset(node.input)
     return node.op_type in HOMOGENEOUS and _channelwise(graph, node)
 
 

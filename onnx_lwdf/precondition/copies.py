@@ -100,7 +100,7 @@ def copy_channels(
 
 def find_paths(graph: Graph, groups: Sequence[ChannelGroup], grids: Mapping[str, ActivationGrid]) -> list[Path]:
     """Every path whose writers have a bias and put out, behind their activation, a tensor with a grid."""
-    by_writer = {group.producers[0].name: group for group in groups if len(group.producers) == 1}
+    by_writer = {group.producers[0].name: group for group in groups if len(group.producers) == 1 and group.plain}
     found = (_path(graph, group, by_writer, grids) for group in by_writer.values())
     return [path for path in found if path is not None]
 
@@ -114,7 +114,7 @@ def _path(
     while waiting:
         group = waiting.pop()
         (writer,) = group.producers
-        if group.written or group.read or writer.bias is None or behind_activation(graph, writer.output) not in grids:
+        if not group.plain or writer.bias is None or behind_activation(graph, writer.output) not in grids:
             return None
         if any(graph.producer[name].op_type == "Mul" for name in group.tensors):
             return None  # excited by factors of as many channels as there were

@@ -34,7 +34,7 @@ def fold(graph: Graph) -> dict[str, ChannelStatistics]:
     Raises ModelError where a stored variance is negative or anything stored is not finite.
     """
     graph.commit()  # a node that leads to no output must not count as a reader
-    stored = {node.output[0]: _stored(graph, node) for node in graph.nodes if _is_batchnorm(node)}
+    stored = {node.output[0]: _stored(graph, node) for node in graph.nodes if is_batchnorm(node)}
     statistics = {name: known for name, known in stored.items() if known is not None}
     for node in graph.nodes:
         _fold_factors(graph, node)
@@ -49,7 +49,7 @@ def fold(graph: Graph) -> dict[str, ChannelStatistics]:
             _apply(graph, layer, affine)
             before = statistics.pop(layer.node.output[0], None)
             graph.merge_into(layer.node, follower)
-            if before is not None and not _is_batchnorm(follower):
+            if before is not None and not is_batchnorm(follower):
                 statistics[layer.node.output[0]] = before.through(affine.scale, affine.shift)
     graph.commit()
     return {name: known for name, known in statistics.items() if name in graph.producer}  # the others led nowhere
@@ -82,11 +82,11 @@ def _apply(graph: Graph, layer: Layer, affine: Affine) -> None:
 def _affine(graph: Graph, layer: Layer, node: onnx.NodeProto) -> Affine | None:
     """The follower as y = scale x + shift per output channel of the layer, None where it is not that."""
     channels = bias_of(graph, layer).size
-    if _is_batchnorm(node) and node.input[0] == layer.node.output[0]:
-        parameters = _parameters(graph, node)
-        if parameters is None:
+    if is_batchnorm(node) and node.input[0] == layer.node.output[0]:
+        known = parameters(graph, node)
+        if known is None:
             return None
-        gamma, beta, mean, variance = parameters
+        gamma, beta, mean, variance = known
         scale = gamma / np.sqrt(variance + _epsilon(node))
         return Affine(scale, beta - scale * mean)
     if node.op_type not in ("Add", "Mul") or layer.window is None or len(node.input) != 2:
@@ -110,7 +110,7 @@ def _per_channel(constant: np.ndarray[tuple[int, ...], np.dtype[np.float64]], ch
     return np.broadcast_to(constant.astype(np.float64).ravel(), (channels,)).copy()
 
 
-def _is_batchnorm(node: onnx.NodeProto) -> bool:
+def is_batchnorm(node: onnx.NodeProto) -> bool:
     """An inference-mode BatchNormalization: one output, no training mode."""
     outputs = [name for name in node.output if name]
     return node.op_type == "BatchNormalization" and len(outputs) == 1 and not attribute(node, "training_mode", 0)
@@ -120,8 +120,11 @@ def _epsilon(node: onnx.NodeProto) -> float:
     return float(attribute(node, "epsilon", 1e-5))
 
 
-def _parameters(graph: Graph, node: onnx.NodeProto) -> list[F64] | None:
-    """gamma, beta, mean, variance in float64, None where one is not constant."""
+def parameters(graph: Graph, node: onnx.NodeProto) -> list[F64] | None:
+    """gamma, beta, mean, variance of a BatchNormalization in float64, None where one is not constant.
+
+    Raises ModelError where one is not finite, or a variance is negative.
+    """
     values = [graph.constant(name) for name in node.input[1:5]]
     if any(value is None for value in values):
         return None
@@ -135,10 +138,10 @@ def _parameters(graph: Graph, node: onnx.NodeProto) -> list[F64] | None:
 
 
 def _stored(graph: Graph, node: onnx.NodeProto) -> ChannelStatistics | None:
-    parameters = _parameters(graph, node)
-    if parameters is None:
+    known = parameters(graph, node)
+    if known is None:
         return None
-    gamma, beta, _, variance = parameters
+    gamma, beta, _, variance = known
     gain = np.abs(gamma)
     return ChannelStatistics(beta, gain * np.sqrt(variance / (variance + _epsilon(node))), gain)
 

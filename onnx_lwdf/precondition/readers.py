@@ -43,7 +43,9 @@ def beside_gates(graph: Graph, groups: Sequence[ChannelGroup], samples: Samples,
         answer = response(graph, gate, samples.values[gate.input], statistics.get(gate.input))
         readers = behind.get(gate.output)
         known = readers is not None and readers.consumers
-        energy = read_energy(graph, readers, samples) if readers and known else 1 / max(answer.power, TINY)
+        energy = np.full(len(answer.slope), 1 / max(answer.power, TINY))
+        if readers is not None and known:
+            energy = read_energy(graph, readers, samples)[readers.place(gate.output)]
         readings[gate.input] = answer.slope * energy
         spans[gate.input] = answer.input
         if gate.output in spans:
@@ -56,11 +58,11 @@ def beside_gates(graph: Graph, groups: Sequence[ChannelGroup], samples: Samples,
 
 def read_energy(graph: Graph, group: ChannelGroup, samples: Samples) -> F64:
     """[channels]: what an error adds to the outputs of the layers that read the group, to their power, summed over them."""
-    parts = [
-        (by_channel(weight_of(graph, layer), group.channels) ** 2).sum(0) / output_power(graph, layer, samples)
-        for layer in group.consumers
-    ]
-    return np.asarray(np.sum(parts, axis=0))
+    total = np.zeros(group.channels)
+    for layer in group.consumers:
+        weight = by_channel(weight_of(graph, layer), len(samples.values[layer.input]))
+        total += group.spread(layer.input, (weight**2).sum(0) / output_power(graph, layer, samples))
+    return total
 
 
 def by_channel(weight: F64, channels: int) -> F64:

@@ -44,7 +44,8 @@ from onnx_lwdf.graph import Graph
 from onnx_lwdf.grid import nearest, search_weight_grid
 from onnx_lwdf.layers import Bits, Layer, bias_of, set_bias, set_weight, weight_of
 from onnx_lwdf.precondition.bounds import Range, highest
-from onnx_lwdf.precondition.channels import ChannelGroup
+from onnx_lwdf.precondition.channels import ChannelGroup, Place
+from onnx_lwdf.precondition.norms import change_norm_input, change_norm_output
 from onnx_lwdf.precondition.readers import Gated, beside_gates, by_channel, output_power
 from onnx_lwdf.precondition.rotation import spreading
 from onnx_lwdf.ranges import ActivationGrid, grid_for, search_grid
@@ -56,6 +57,7 @@ from onnx_lwdf.statistics import ChannelStatistics, Statistics
 GEODESIC = (0.0, 0.25, 0.5)
 BELOW = (1 / 16, 1 / 8, 1 / 4, 1 / 2, 1.0)  # what a grid beside a gate has below 0, to what it has above
 RIDGE = 1e-3  # of the largest eigenvalue: directions that hardly occur are not stretched without end
+WEAKEST = 1e-8  # of the strongest channel's power: a normalization makes such a channel as strong as the others
 MOST_ROWS = 64  # of a weight, for the prediction
 MOST_STRETCHED = 256.0  # a weaker channel has less than one code in 8 bits: it is dead, and stays so
 CLEAR_GAIN = 0.97  # a transform must lower the predicted error by more than the prediction's own noise
@@ -70,6 +72,16 @@ class Transform:
     inverse: F64
     shift: Mapping[str, F64]  # tensor -> [channels]; empty where no mean is moved
     ceiling: float | None = None  # where a Clip cuts A t
+
+    def of(self, place: Place) -> Transform:
+        """What a diagonal one does to these channels."""
+        if isinstance(place, slice):
+            return self
+        return replace(self, matrix=np.diag(np.diag(self.matrix)[place]), inverse=np.diag(np.diag(self.inverse)[place]))
+
+
+def _diagonal(factor: F64, shift: Mapping[str, F64] = MappingProxyType({})) -> Transform:
+    return Transform(np.diag(factor), np.diag(1 / factor), shift)
 
 
 def transform_groups(
@@ -89,7 +101,7 @@ def transform_groups(
     for group in groups:
         if any(plan[layer.name].activation is None for layer in _gridded(group)):
             continue
-        if not group.consumers and not any(gate.input in gated.readings for gate in group.read):
+        if not (group.consumers or group.norms_read or any(gate.input in gated.readings for gate in group.read)):
             continue
         candidates = [_identity(group), *_candidates(graph, group, samples, gated, statistics, gradients, pixels)]
         errors = [_predicted(graph, group, plan, samples, gated, gradients, candidate) for candidate in candidates]
@@ -98,7 +110,8 @@ def transform_groups(
             samples = _apply(graph, group, samples, candidates[best])
             statistics = _transformed_statistics(statistics, group, candidates[best])
             inside = gradients.keys() & set(group.tensors)
-            gradients = {**gradients, **{name: _seen(gradients[name], candidates[best]) for name in inside}}
+            seen = {name: _seen(gradients[name], candidates[best].of(group.place(name))) for name in inside}
+            gradients = {**gradients, **seen}
     return samples, statistics, gradients
 
 
@@ -115,10 +128,11 @@ def _with_gradients(group: ChannelGroup, samples: Samples, gradients: Sensitivit
     needed = [*inputs, *(layer.output for layer in (*group.consumers, *group.producers))]
     if group.written or group.read or any(name not in gradients for name in needed):
         return []
-    if any(len(gradients[name]) != group.channels for name in group.tensors if name in gradients):
+    known = [name for name in group.tensors if name in gradients]
+    if any(len(gradients[name]) != len(group.numbers(name)) for name in known):
         return []
-    sampled = [name for name in group.tensors if name in gradients and name in samples.values]
-    return sampled if group.linear else list(dict.fromkeys(inputs))
+    sampled = [name for name in known if name in samples.values]
+    return sampled if group.linear or not group.plain else list(dict.fromkeys(inputs))
 
 
 def _gridded(group: ChannelGroup) -> list[Layer]:
@@ -144,8 +158,10 @@ def _candidates(
     if group.ceiling is not None:
         (writer,) = group.producers
         return _stretched(group, group.ceiling, samples, statistics.get(writer.output), highest(graph, writer, pixels))
+    if not group.plain:
+        return _evened(graph, group, samples, gradients, _with_gradients(group, samples, gradients))
     matrix = group.linear and group.channels <= MOST_CHANNELS and all(layer.groups == 1 for layer in _layers(group))
-    shift = _shifts(graph, group, samples) if group.linear else {}
+    shift = _shifts(graph, group, samples) if group.centred else {}
     covariance, sensitivity = _moments(graph, group, samples, shift)
     if known := _with_gradients(group, samples, gradients):
         whole = [gradients[name] if gradients[name].ndim == 2 else np.diag(gradients[name]) for name in known]
@@ -160,6 +176,26 @@ def _candidates(
         a = spreading(root @ _all_values(group, samples, shift)) @ root if matrix else root
         found.append(Transform(a, np.linalg.inv(a), shift))
     return found
+
+
+def _evened(
+    graph: Graph, group: ChannelGroup, samples: Samples, gradients: Sensitivities, sites: Sequence[str]
+) -> list[Transform]:
+    """The same, of a diagonal, for channels of which tensors hold some each; sites: the group's tensors with a grid."""
+    shift = _shifts(graph, group, samples) if sites and group.centred else {}
+    power, sensitivity, count = (np.zeros(group.channels) for _ in range(3))
+    for name in sites:
+        values = samples.values[name].astype(np.float64)
+        values = values - shift.get(name, np.zeros(len(values)))[:, None]
+        power += group.spread(name, (values**2).mean(1))
+        sensitivity += group.spread(name, strengths(gradients[name]))
+        count += group.spread(name, np.ones(len(values)))
+    if not power.any() or not sensitivity.any():
+        return []
+    power = power / np.maximum(count, 1)
+    power, sensitivity = np.maximum(power, WEAKEST * power.max()), sensitivity + RIDGE * sensitivity.max()
+    factors = [(sensitivity ** (1 - t) / power**t) ** 0.5 for t in GEODESIC]
+    return [_diagonal(factor / np.exp(np.log(factor).mean()), shift) for factor in factors]
 
 
 def _stretched(
@@ -183,14 +219,16 @@ def _stretched(
 def _equalized(group: ChannelGroup, gated: Gated) -> list[Transform]:
     """Beside gates every channel fills the grid: a = 1 / reach, the least error of one grid for all channels."""
     names = [gate.input for gate in group.read if gate.input in gated.readings]
-    spans = [gated.spans[name] for name in (*names, *(layer.input for layer in group.consumers))]
-    low, high = np.max([-span.low for span in spans], axis=0), np.max([span.high for span in spans], axis=0)
+    low, high = np.full(group.channels, -np.inf), np.full(group.channels, -np.inf)
+    for name in (*names, *(layer.input for layer in group.consumers)):
+        np.maximum.at(low, group.numbers(name), -gated.spans[name].low)
+        np.maximum.at(high, group.numbers(name), gated.spans[name].high)
     found = []
     for below in BELOW:
         wide = np.maximum(high, low / below)
         wide = np.maximum(wide, max(wide.max() / MOST_STRETCHED, np.finfo(np.float64).tiny))
         factor = np.exp(np.log(wide).mean()) / wide
-        found.append(Transform(np.diag(factor), np.diag(1 / factor), {}))
+        found.append(_diagonal(factor))
     return found
 
 
@@ -218,7 +256,7 @@ def _moments(graph: Graph, group: ChannelGroup, samples: Samples, shift: Mapping
 
 
 def _shifts(graph: Graph, group: ChannelGroup, samples: Samples) -> dict[str, F64]:
-    """The mean of every tensor of a linear group.
+    """The mean of every tensor of a group between whose ends nothing bends the values.
 
     Empty where a reader pads (a shifted zero would not be zero), or has no bias that could take the mean up.
     """
@@ -227,13 +265,16 @@ def _shifts(graph: Graph, group: ChannelGroup, samples: Samples) -> dict[str, F6
             return {}
         if layer.window is not None and (layer.window.pads is None or any(layer.window.pads)):
             return {}
-    means = {layer.output: samples.values[layer.output].mean(1, dtype=np.float64) for layer in group.producers}
+    made = [*(layer.output for layer in group.producers), *(norm.output for norm in group.norms_written)]
+    means = {name: samples.values[name].mean(1, dtype=np.float64) for name in made if name in samples.values}
     for name in group.tensors:
         if name not in means:
-            sources = graph.producer[name].input
-            if any(source not in means for source in sources):
+            node = graph.producer[name]
+            sources = [source for source in node.input if graph.constant(source) is None]
+            if name in made or any(source not in means for source in sources):
                 return {}
-            means[name] = np.sum([means[source] for source in sources], axis=0)
+            parts = [means[source] for source in sources]
+            means[name] = np.concatenate(parts) if node.op_type == "Concat" else np.sum(parts, axis=0)
     return means
 
 
@@ -267,26 +308,28 @@ def _predicted(
         return _predicted_at_outputs(graph, group, plan, samples, gradients, known, transform)
     total, seen = 0.0, np.zeros(group.channels)
     for layer in group.consumers:
-        power = output_power(graph, layer, samples)
-        weight = _transformed_reader(weight_of(graph, layer), transform.inverse)
-        moments = _transformed_moments(samples.moments[layer.name], transform, layer.input)
-        values = _transformed_values(samples.values[layer.input], transform, layer.input)
-        energy = (by_channel(weight, group.channels) ** 2).sum(0)
+        power, part = output_power(graph, layer, samples), transform.of(group.place(layer.input))
+        weight = _transformed_reader(weight_of(graph, layer), part.inverse)
+        moments = _transformed_moments(samples.moments[layer.name], part, layer.input)
+        values = _transformed_values(samples.values[layer.input], part, layer.input)
+        energy = (by_channel(weight, len(values)) ** 2).sum(0)
         bits = plan[layer.name]
-        grid = _grid(values, energy, bits.activation or 8, gated.spans.get(layer.input), transform)
+        grid = _grid(values, energy, bits.activation or 8, gated.spans.get(layer.input), part)
         error = ((grid.quantize(values) - values) ** 2).mean(1)
         total += float(error @ energy + _rounding(weight, moments.hessian, bits.weight or 8).sum()) / power
-        seen += energy / power
+        seen += group.spread(layer.input, energy / power)
     for name in (name for name in group.tensors if name in gated.readings):
-        values = transform.matrix @ gated.spans[name].clip(samples.values[name])
-        energy = gated.readings[name] * np.diag(transform.inverse) ** 2
-        grid = _grid(values, energy, JOIN_BITS, gated.spans[name], transform)
+        part = transform.of(group.place(name))
+        values = part.matrix @ gated.spans[name].clip(samples.values[name])
+        energy = gated.readings[name] * np.diag(part.inverse) ** 2
+        grid = _grid(values, energy, JOIN_BITS, gated.spans[name], part)
         total += float(((grid.quantize(values) - values) ** 2).mean(1) @ energy)
-        seen += energy
+        seen += group.spread(name, energy)
     for layer in group.producers:
-        weight = _transformed_writer(weight_of(graph, layer), transform.matrix)
+        place = group.place(layer.output)
+        weight = _transformed_writer(weight_of(graph, layer), transform.of(place).matrix)
         writer_bits = plan[layer.name].weight or 8
-        total += float(seen @ _rounding(weight, samples.moments[layer.name].hessian, writer_bits).ravel())
+        total += float(seen[place] @ _rounding(weight, samples.moments[layer.name].hessian, writer_bits).ravel())
     return total
 
 
@@ -303,19 +346,22 @@ def _predicted_at_outputs(
     readers = {layer.input: plan[layer.name].activation for layer in group.consumers}
     total = 0.0
     for name in sites:
-        energy = strengths(_seen(gradients[name], transform))
-        values = _transformed_values(samples.values[name], transform, name)
-        grid = _grid(values, energy, readers.get(name) or JOIN_BITS, None, transform)
+        part = transform.of(group.place(name))
+        energy = strengths(_seen(gradients[name], part))
+        values = _transformed_values(samples.values[name], part, name)
+        grid = _grid(values, energy, readers.get(name) or JOIN_BITS, None, part)
         total += float(((grid.quantize(values) - values) ** 2).mean(1) @ energy)
     for layer in group.consumers:
-        weight = _transformed_reader(weight_of(graph, layer), transform.inverse)
-        hessian = _transformed_moments(samples.moments[layer.name], transform, layer.input).hessian
+        part = transform.of(group.place(layer.input))
+        weight = _transformed_reader(weight_of(graph, layer), part.inverse)
+        hessian = _transformed_moments(samples.moments[layer.name], part, layer.input).hessian
         error = _rounding(weight, hessian, plan[layer.name].weight or 8).ravel()
         total += float(error @ strengths(gradients[layer.output]))
     for layer in group.producers:
-        weight = _transformed_writer(weight_of(graph, layer), transform.matrix)
+        part = transform.of(group.place(layer.output))
+        weight = _transformed_writer(weight_of(graph, layer), part.matrix)
         error = _rounding(weight, samples.moments[layer.name].hessian, plan[layer.name].weight or 8).ravel()
-        total += float(error @ strengths(_seen(gradients[layer.output], transform)))
+        total += float(error @ strengths(_seen(gradients[layer.output], part)))
     return total
 
 
@@ -384,27 +430,32 @@ def _transformed_moments(moments: Moments, transform: Transform, tensor: str) ->
 
 def _transformed_statistics(statistics: Statistics, group: ChannelGroup, transform: Transform) -> Statistics:
     """A diagonal transform scales them; of mixed channels the deviations are not known."""
-    scale = np.diag(transform.matrix)
+    factor = np.diag(transform.matrix)
     inside = statistics.keys() & set(group.tensors)
     others = {name: value for name, value in statistics.items() if name not in inside}
-    if np.count_nonzero(transform.matrix) > len(scale):
+    if np.count_nonzero(transform.matrix) > len(factor):
         return others
-    zero = np.zeros(group.channels)
-    shifts = {name: -scale * transform.shift.get(name, zero) for name in inside}
-    return others | {name: statistics[name].through(scale, shifts[name]) for name in inside}
+    scales = {name: factor[group.place(name)] for name in inside}
+    shifts = {name: -scale * transform.shift.get(name, np.zeros(len(scale))) for name, scale in scales.items()}
+    return others | {name: statistics[name].through(scales[name], shifts[name]) for name in inside}
 
 
 def _apply(graph: Graph, group: ChannelGroup, samples: Samples, transform: Transform) -> Samples:
     """Write the transform into the weights and biases, and into the samples."""
-    a, shift = transform.matrix, transform.shift
+    shift, factor = transform.shift, np.diag(transform.matrix)
+    parts = {name: transform.of(group.place(name)) for name in group.tensors}
     for layer in group.producers:
-        moved = bias_of(graph, layer) - shift.get(layer.output, np.zeros(group.channels))
+        a, bias = parts[layer.output].matrix, bias_of(graph, layer)
         set_weight(graph, layer, _transformed_writer(weight_of(graph, layer), a))
-        set_bias(graph, layer, a @ moved)
+        set_bias(graph, layer, a @ (bias - shift.get(layer.output, np.zeros(len(bias)))))
     for gate in group.written:
-        scale_output(graph, gate, np.diag(a))
+        scale_output(graph, gate, factor[group.place(gate.output)])
     for gate in group.read:
-        scale_input(graph, gate, np.diag(a))
+        scale_input(graph, gate, factor[group.place(gate.input)])
+    for norm in group.norms_written:
+        change_norm_output(graph, norm, factor[group.place(norm.output)], shift.get(norm.output))
+    for norm in group.norms_read:
+        change_norm_input(graph, norm, factor[group.place(norm.input)], shift.get(norm.input))
     moments = dict(samples.moments)
     for layer in group.consumers:
         weight = weight_of(graph, layer)
@@ -412,8 +463,9 @@ def _apply(graph: Graph, group: ChannelGroup, samples: Samples, transform: Trans
             split = weight.reshape(*weight.shape[:2], layer.kernel_size, -1)  # [groups, out, kernel, channels / groups]
             taken = np.einsum("gokc,gc->go", split, shift[layer.input].reshape(layer.groups, -1))
             set_bias(graph, layer, bias_of(graph, layer) + taken.ravel())
-        set_weight(graph, layer, _transformed_reader(weight, transform.inverse))
-        moments[layer.name] = _transformed_moments(moments[layer.name], transform, layer.input)
+        part = parts[layer.input]
+        set_weight(graph, layer, _transformed_reader(weight, part.inverse))
+        moments[layer.name] = _transformed_moments(moments[layer.name], part, layer.input)
     seen = set(group.tensors) & samples.values.keys()
-    changed = {name: _transformed_values(samples.values[name], transform, name).astype(np.float32) for name in seen}
+    changed = {name: _transformed_values(samples.values[name], parts[name], name).astype(np.float32) for name in seen}
     return replace(samples, moments=moments, values={**samples.values, **changed})

@@ -100,6 +100,92 @@ def test_interpolation_is_within_a_linear_group_unless_it_crops():
     assert not any("q" in group.tensors for group in find_groups(graph, find_layers(graph)[0]))
 
 
+JOINED = """
+<ir_version: 8, opset_import: ["" : 17]>
+net (float[N,3,12,12] x) => (float[N,4] y) {
+    a = Conv <pads = [1,1,1,1]> (x, w0, b0)
+    b = Relu (a)
+    p = MaxPool <kernel_shape = [3,3], pads = [1,1,1,1]> (b)
+    c = Conv <pads = [1,1,1,1]> (x, w1, b1)
+    r = Relu (c)
+    d = Concat <axis = 1> (b, r, p)
+    e = Conv (d, w2, b2)
+    f = Conv <group = 3> (b, w3, b3)
+    g = Concat <axis = 1> (f, e)
+    n = BatchNormalization (g, ga, be, m, v)
+    o = Relu (n)
+    q = Conv (o, w4, b4)
+    k = GlobalAveragePool (q)
+    l = Flatten (k)
+    y = Gemm <transB = 1> (l, w5)
+}
+"""
+
+
+def joined(text=JOINED):
+    rng = np.random.default_rng(3)
+    shapes = {"w0": (3, 3, 3, 3), "w1": (2, 3, 3, 3), "w2": (4, 8, 1, 1), "w3": (3, 1, 1, 1), "w4": (4, 7, 1, 1)}
+    shapes |= {"w5": (4, 4), "b0": 3, "b1": 2, "b2": 4, "b3": 3, "b4": 4}
+    tensors = {name: rng.normal(0, 0.5, shape) for name, shape in shapes.items()}
+    tensors["w0"][0] *= 30  # wide channels, which a grid for all would follow
+    tensors["w2"][1] *= 30
+    tensors |= {name: rng.uniform(0.5, 1.5, 7) for name in ("ga", "be", "m", "v")}
+    return with_weights(text, tensors)
+
+
+def test_a_concat_lines_up_the_channels_of_its_parts():
+    found = {frozenset(group.tensors): group for group in prepared(joined(), 8)[2]}
+    group = found[frozenset({"a", "b", "p", "c", "r", "d"})]
+    assert group.channels == 5
+    assert {name: list(group.places[name]) for name in "bprd"} == {
+        "b": [0, 1, 2],
+        "p": [0, 1, 2],
+        "r": [3, 4],
+        "d": [0, 1, 2, 3, 4, 0, 1, 2],
+    }
+    assert not group.linear
+    assert not group.centred
+    behind = found[frozenset({"f", "e", "g"})]
+    assert behind.centred
+    assert [norm.output for norm in behind.norms_read] == ["n"]
+    assert [norm.output for norm in found[frozenset({"n", "o"})].norms_written] == ["n"]
+    np.testing.assert_array_equal(group.spread("d", np.arange(8.0)), [5, 7, 9, 3, 4])
+
+
+@pytest.mark.parametrize(
+    ("old", "new"),
+    [
+        ("d = Concat <axis = 1>", "d = Concat <axis = 2>"),
+        ("(b, r, p)", "(b, r, w1)"),
+        ("r = Relu (c)", "r = Floor (c)"),
+        ("e = Conv (d", "e = ConvTranspose (d"),
+    ],
+)
+def test_a_concat_of_anything_else_ends_a_group(old, new):
+    graph = Graph(joined(JOINED.replace(old, new)))
+    assert not any("d" in group.tensors for group in find_groups(graph, find_layers(graph)[0]))
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+def test_transforms_through_a_concat_keep_the_function_and_are_taken(bits):
+    model = joined()
+    feeds, before = samples(model), answers(model, samples(model))
+    graph, _, groups, plan, seen = prepared(model, bits)
+    # All channels count alike, so that their sizes alone decide.
+    widths = {"a": 3, "b": 3, "c": 2, "d": 8, "e": 4, "f": 3, "o": 7, "q": 4}
+    gradients = {name: np.ones(count) for name, count in widths.items()}
+    moved, _, found = transform.transform_groups(graph, groups, plan, seen, {}, gradients)
+    assert not np.allclose(found["d"], 1)
+    assert not np.allclose(found["e"], 1)
+    np.testing.assert_allclose(found["d"][:3], found["b"])  # one factor a channel, wherever it is held
+    np.testing.assert_allclose(found["d"][5:], found["b"])
+    after = graph.snapshot()
+    # Factors are applied in float64, and weights are rounded once to float32.
+    np.testing.assert_allclose(answers(after, feeds)[0], before[0], rtol=1e-4, atol=1e-4 * np.abs(before[0]).max())
+    factor = 1 / np.sqrt(found["d"])  # what multiplies a channel divides its gradient
+    np.testing.assert_allclose(moved.values["d"], seen.values["d"] * factor[:, None], rtol=1e-5)
+
+
 CLIPPED = """
 <ir_version: 8, opset_import: ["" : 17]>
 net (float[N,3,8,8] x) => (float[N,4,4,4] y) {{
