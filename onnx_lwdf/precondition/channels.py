@@ -64,7 +64,7 @@ class ChannelGroup:
         return total
 
     def numbers(self, tensor: str) -> Indices:
-        """The same as numbers."""
+        """The same, counted out, [channels of the tensor]."""
         return np.arange(self.channels)[self.place(tensor)]
 
     @property

@@ -40,7 +40,7 @@ import numpy as np
 from onnx_lwdf.activations.taps import Moments, Samples
 from onnx_lwdf.gates import Span, scale_input, scale_output
 from onnx_lwdf.gradients import Sensitivities, strengths
-from onnx_lwdf.graph import Graph
+from onnx_lwdf.graph import Graph, attribute
 from onnx_lwdf.grid import nearest, search_weight_grid
 from onnx_lwdf.layers import Bits, Layer, bias_of, set_bias, set_weight, weight_of
 from onnx_lwdf.precondition.bounds import Range, highest
@@ -258,7 +258,8 @@ def _moments(graph: Graph, group: ChannelGroup, samples: Samples, shift: Mapping
 def _shifts(graph: Graph, group: ChannelGroup, samples: Samples) -> dict[str, F64]:
     """The mean of every tensor of a group between whose ends nothing bends the values.
 
-    Empty where a reader pads (a shifted zero would not be zero), or has no bias that could take the mean up.
+    Empty where a reader pads, or a pool counts its padding (a shifted zero would not be zero), or where a reader has no bias
+    that could take the mean up.
     """
     for layer in group.consumers:
         if layer.bias is None:
@@ -270,6 +271,8 @@ def _shifts(graph: Graph, group: ChannelGroup, samples: Samples) -> dict[str, F6
     for name in group.tensors:
         if name not in means:
             node = graph.producer[name]
+            if attribute(node, "count_include_pad", 0):
+                return {}
             sources = [source for source in node.input if graph.constant(source) is None]
             if name in made or any(source not in means for source in sources):
                 return {}

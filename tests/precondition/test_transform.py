@@ -284,7 +284,14 @@ def test_a_clip_stays_as_it_is_where_no_batchnormalization_tells_the_range():
     np.testing.assert_array_equal(behind_clip(graph, samples(clipped())), before)
 
 
-@pytest.mark.parametrize("text", [BOTTLENECK, INTERPOLATED])
+POOLED = BOTTLENECK.replace(
+    "q = Conv (f, w3, b3)",
+    """r = Conv (f, w3, b3)
+    q = AveragePool <kernel_shape = [3,3], pads = [1,1,1,1], count_include_pad = 1> (r)""",
+)
+
+
+@pytest.mark.parametrize("text", [BOTTLENECK, INTERPOLATED, POOLED])
 @pytest.mark.parametrize("bits", [4, 8])
 def test_transforms_keep_the_function_and_are_taken(bits, text):
     model = bottleneck(text)
