@@ -122,7 +122,7 @@ def test_the_second_ends_what_the_first_cannot(folder):
     wait_for(process, "there")
     while process.poll() is None:  # two signals at a time would be one
         process.send_signal(signal.SIGINT)
-        time.sleep(0.05)
+        time.sleep(0.5)  # one more would meet a process that is ending, and no longer handles any
     _, stderr = process.communicate()
     assert (process.returncode, stderr) == (130, "interrupted\n")
     assert_untouched(folder)
