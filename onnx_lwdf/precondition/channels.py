@@ -44,33 +44,37 @@ class ChannelGroup:
     producers: tuple[Layer, ...]
     consumers: tuple[Layer, ...]
     channels: int
-    linear: bool  # nothing but linear operators between producers and consumers, on all channels at once
+    centred: bool  # nothing but linear operators between those that write and those that read: means may be moved
     ceiling: float | None = None  # c of the Clip(0, c) behind the one producer
     written: tuple[Gate, ...] = ()  # gates that put out one of the tensors
     read: tuple[Gate, ...] = ()  # gates that read one
     norms_written: tuple[Norm, ...] = ()  # normalizations that put out one
     norms_read: tuple[Norm, ...] = ()  # normalizations that read one
     places: Mapping[str, Indices] = field(default_factory=dict)  # tensor -> its channels' places, beside a Concat
-    centred: bool = False  # whether the mean of every tensor may be moved: nothing between bends the values
+
+    @property
+    def plain(self) -> bool:
+        """Whether layers alone write and read it, all its channels at once."""
+        return not (self.written or self.read or self.norms_written or self.norms_read or self.places)
+
+    @property
+    def linear(self) -> bool:
+        """Whether its channels may be mixed."""
+        return self.centred and self.plain
 
     def place(self, tensor: str) -> Place:
         """Which of the group's channels the tensor holds, in its order."""
         return self.places.get(tensor, EVERY)
+
+    def numbers(self, tensor: str) -> Indices:
+        """The same, counted out, [channels of the tensor]."""
+        return np.arange(self.channels)[self.place(tensor)]
 
     def spread(self, tensor: str, values: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
         """Values of the tensor's channels, each added to its place among the group's, [channels]."""
         total = np.zeros(self.channels)
         np.add.at(total, self.numbers(tensor), values)
         return total
-
-    def numbers(self, tensor: str) -> Indices:
-        """The same, counted out, [channels of the tensor]."""
-        return np.arange(self.channels)[self.place(tensor)]
-
-    @property
-    def plain(self) -> bool:
-        """Whether layers alone write and read it, all its channels at once."""
-        return not (self.written or self.read or self.norms_written or self.norms_read or self.places)
 
 
 def find_groups(graph: Graph, layers: Sequence[Layer]) -> list[ChannelGroup]:
@@ -128,8 +132,8 @@ def _group(
     read = tuple(gate for gate in gates if gate.input in inside)
     norms_written = tuple(norm for norm in norms if norm.output in inside)
     norms_read = tuple(norm for norm in norms if norm.input in inside)
-    ends, starts = {gate.output for gate in written}, {gate.input for gate in read}
-    made = {*writers, *(id(norm.node) for norm in norms_written)}
+    ends = {maker.output for kind in (tuple(writers.values()), written, norms_written) for maker in kind}
+    starts = {gate.input for gate in read}
     taken = {*readers, *(id(norm.node) for norm in norms_read)}
     operators: set[str] = set()
     ceilings: list[float] = []
@@ -137,7 +141,7 @@ def _group(
         node = graph.producer.get(name)
         if node is None or name in graph.outputs or name in graph.captured or not graph.consumers[name]:
             return None
-        if id(node) not in made and name not in ends:
+        if name not in ends:
             ceiling = _ceiling(graph, node)
             if ceiling is not None:
                 ceilings.append(ceiling)
@@ -158,7 +162,6 @@ def _group(
     }
     places: dict[str, Indices] = {}
     if "Concat" in operators:
-        ends |= {layer.output for layer in producers} | {norm.output for norm in norms_written}
         places = _places(graph, tensors, {**widths, **sizes}, ends)
         channels = 1 + max((int(place.max()) for place in places.values()), default=-1)
     elif len(set(sizes.values())) == 1:
@@ -178,9 +181,8 @@ def _group(
         return None
     ceiling = ceilings[0] if ceilings else None
     centred = operators <= {*LINEAR, "Concat"} and not gated
-    linear = centred and not (norms_written or norms_read or places)
     beside = (written, read, norms_written, norms_read)
-    return ChannelGroup(tuple(tensors), producers, consumers, channels, linear, ceiling, *beside, places, centred)
+    return ChannelGroup(tuple(tensors), producers, consumers, channels, centred, ceiling, *beside, places)
 
 
 def _widths(graph: Graph, layers: Sequence[Layer], gates: Sequence[Gate], norms: Sequence[Norm]) -> dict[str, int]:
@@ -190,14 +192,15 @@ def _widths(graph: Graph, layers: Sequence[Layer], gates: Sequence[Gate], norms:
     behind = {gate.output: gate.input for gate in gates}
     for node in graph.nodes:
         name = node.output[0] if node.output else ""
-        signal = behind.get(name) or excited(graph, node) or (node.input[0] if node.input else "")
-        if name in found or not name:
+        sources = [behind[name]] if name in behind else node.input
+        known = [found[source] for source in sources if source in found]
+        if name in found or not known:
             continue
         if _joins_channels(graph, node):
-            if all(source in found for source in node.input):
-                found[name] = sum(found[source] for source in node.input)
-        elif signal in found and (name in behind or node.op_type in (*HOMOGENEOUS, "Clip", "Mul")):
-            found[name] = found[signal]
+            if len(known) == len(sources):
+                found[name] = sum(known)
+        elif name in behind or node.op_type in (*HOMOGENEOUS, "Clip", "Mul"):
+            found[name] = max(known)  # what is narrower is broadcast
     return found
 
 

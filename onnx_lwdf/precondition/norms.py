@@ -4,6 +4,9 @@
 
 reads channels that were multiplied by s where gamma is divided by s and the mean is multiplied by it, and puts out channels
 multiplied by s where gamma and beta are. The function stays, exactly but for float32.
+
+What the grids of its input add in the mean, its stored mean takes up, as the bias of a layer does: it may amplify a channel
+that hardly varies, and whose every value one code stands for.
 """
 
 from __future__ import annotations
@@ -69,10 +72,7 @@ def mean_shifts(graph: Graph, grids: Mapping[str, ActivationGrid], samples: Samp
 def take_up(graph: Graph, shifts: Mapping[str, F64]) -> None:
     """Let the normalizations that put out these tensors expect the means of their inputs moved by so much."""
     for norm in (norm for norm in find_norms(graph) if norm.output in shifts):
-        name = norm.node.input[MEAN]
-        mean = graph.constant(name)
-        assert mean is not None, norm.output
-        graph.set_input(norm.node, MEAN, (mean.astype(np.float64) + shifts[norm.output]).astype(mean.dtype), name)
+        _change(graph, norm, {MEAN: np.ones(norm.channels)}, MEAN, -shifts[norm.output])
 
 
 def _exact_and_stored(

@@ -161,7 +161,7 @@ def _candidates(
     if not group.plain:
         return _evened(graph, group, samples, gradients, _with_gradients(group, samples, gradients))
     matrix = group.linear and group.channels <= MOST_CHANNELS and all(layer.groups == 1 for layer in _layers(group))
-    shift = _shifts(graph, group, samples) if group.centred else {}
+    shift = _shifts(graph, group, samples) if group.linear else {}
     covariance, sensitivity = _moments(graph, group, samples, shift)
     if known := _with_gradients(group, samples, gradients):
         whole = [gradients[name] if gradients[name].ndim == 2 else np.diag(gradients[name]) for name in known]
@@ -446,9 +446,12 @@ def _transformed_statistics(statistics: Statistics, group: ChannelGroup, transfo
 def _apply(graph: Graph, group: ChannelGroup, samples: Samples, transform: Transform) -> Samples:
     """Write the transform into the weights and biases, and into the samples."""
     shift, factor = transform.shift, np.diag(transform.matrix)
-    parts = {name: transform.of(group.place(name)) for name in group.tensors}
+
+    def part(name: str) -> Transform:  # made when needed: of all tensors at once they would be many matrices
+        return transform.of(group.place(name))
+
     for layer in group.producers:
-        a, bias = parts[layer.output].matrix, bias_of(graph, layer)
+        a, bias = part(layer.output).matrix, bias_of(graph, layer)
         set_weight(graph, layer, _transformed_writer(weight_of(graph, layer), a))
         set_bias(graph, layer, a @ (bias - shift.get(layer.output, np.zeros(len(bias)))))
     for gate in group.written:
@@ -466,9 +469,8 @@ def _apply(graph: Graph, group: ChannelGroup, samples: Samples, transform: Trans
             split = weight.reshape(*weight.shape[:2], layer.kernel_size, -1)  # [groups, out, kernel, channels / groups]
             taken = np.einsum("gokc,gc->go", split, shift[layer.input].reshape(layer.groups, -1))
             set_bias(graph, layer, bias_of(graph, layer) + taken.ravel())
-        part = parts[layer.input]
-        set_weight(graph, layer, _transformed_reader(weight, part.inverse))
-        moments[layer.name] = _transformed_moments(moments[layer.name], part, layer.input)
+        set_weight(graph, layer, _transformed_reader(weight, part(layer.input).inverse))
+        moments[layer.name] = _transformed_moments(moments[layer.name], part(layer.input), layer.input)
     seen = set(group.tensors) & samples.values.keys()
-    changed = {name: _transformed_values(samples.values[name], parts[name], name).astype(np.float32) for name in seen}
+    changed = {name: _transformed_values(samples.values[name], part(name), name).astype(np.float32) for name in seen}
     return replace(samples, moments=moments, values={**samples.values, **changed})
