@@ -79,7 +79,8 @@ def _stored(graph: Graph, layer: Layer, weights: str, grids: dict[str, object]) 
     weight, axis, bits = graph.constant(layer.weight), output_axis(layer), BITS[layer.weight]
     assert weight is not None
     assert axis == 0
-    low, high = (-127 if bits == 8 else -(2 ** (bits - 1))), 2 ** (bits - 1) - 1
+    half = 2 ** min(bits - 1, 6)  # not all of 8 bits: sums of two products would saturate on a CPU without VNNI
+    low, high = -half, half - 1
     scale = (np.abs(weight).reshape(len(weight), -1).max(1, initial=1e-3) / -low).astype(np.float32)
     column = scale.reshape(-1, *[1] * (weight.ndim - 1))
     codes = np.clip(np.rint(weight / column), low, high).astype(np.int8)
