@@ -27,8 +27,9 @@ from onnx_lwdf import calibration, layerwise
 from onnx_lwdf.activations.data import load
 from onnx_lwdf.activations.inputs import InputSpec, read_inputs
 from onnx_lwdf.graph import Graph
-from onnx_lwdf.precondition import transform
+from onnx_lwdf.precondition import candidates, channels
 from onnx_lwdf.precondition.fold import fold
+from onnx_lwdf.precondition.transform import Transform
 from onnx_lwdf.ranges import F64, ActivationGrid, grid_for
 from onnx_lwdf.runtime import open_session, run
 
@@ -80,9 +81,7 @@ def _no_gradients(*_: object) -> Mapping[str, Any]:
     return {}
 
 
-def _not_stretched(
-    group: object, ceiling: float, samples: object, known: object, bound: object
-) -> list[transform.Transform]:
+def _not_stretched(group: object, ceiling: float, samples: object, known: object, bound: object) -> list[Transform]:
     return []
 
 
@@ -95,8 +94,8 @@ UNTRANSFORMED: Sequence[Replacement] = (
     LOCAL,
 )
 EQUALIZED: Sequence[Replacement] = (
-    (transform, "MOST_CHANNELS", 0),  # of matrix transforms: diagonals remain
-    (transform, "_stretched", _not_stretched),
+    (channels, "MOST_CHANNELS", 0),  # of matrix transforms: diagonals remain
+    (candidates, "_stretched", _not_stretched),
     LOCAL,
 )
 

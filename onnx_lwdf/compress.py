@@ -37,10 +37,10 @@ from onnx_lwdf.precision import halve, restore
 from onnx_lwdf.precondition.bounds import pixel_ranges
 from onnx_lwdf.precondition.channels import ChannelGroup, find_groups
 from onnx_lwdf.precondition.copies import copy_channels
+from onnx_lwdf.precondition.equalization import transform_groups
 from onnx_lwdf.precondition.fold import fold
 from onnx_lwdf.precondition.norms import mean_shifts, take_up
 from onnx_lwdf.precondition.readers import beside_gates
-from onnx_lwdf.precondition.transform import transform_groups
 from onnx_lwdf.pruning import plan_pruning, share_budget
 from onnx_lwdf.ranges import F64, ActivationGrid
 from onnx_lwdf.recalibration import recalibrate

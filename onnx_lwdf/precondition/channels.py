@@ -30,6 +30,7 @@ from onnx_lwdf.sites import ahead, clip_bounds
 
 LINEAR = ("Add", "AveragePool", "GlobalAveragePool", "Flatten", "Resize", "Upsample")
 HOMOGENEOUS = (*LINEAR, "Relu", "LeakyRelu", "MaxPool")
+MOST_CHANNELS = 1024  # of a matrix transform: it costs channels^3
 
 Indices = npt.NDArray[np.int64]
 Place = Indices | slice
@@ -59,8 +60,14 @@ class ChannelGroup:
 
     @property
     def linear(self) -> bool:
-        """Whether its channels may be mixed."""
+        """Whether nothing stands between layers alone but what is linear."""
         return self.centred and self.plain
+
+    @property
+    def mixed(self) -> bool:
+        """Whether its channels may be mixed, and are not too many."""
+        layers = (*self.producers, *self.consumers)
+        return self.linear and self.channels <= MOST_CHANNELS and all(layer.groups == 1 for layer in layers)
 
     def place(self, tensor: str) -> Place:
         """Which of the group's channels the tensor holds, in its order."""

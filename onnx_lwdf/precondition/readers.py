@@ -1,7 +1,8 @@
 """How strongly what reads a channel group answers to an error of each channel.
 
-A layer answers with its squared weights. A gate answers with the squared slope of its f, times the squared weights of the
-layers behind; where f is flat, as h-swish is below -3, it does not answer at all.
+Where the gradients of the model's outputs are known (gradients.py), with their second moment S. Elsewhere a layer answers with
+its squared weights, S = W^T W in units of its output's power; a gate with the squared slope of its f, times the squared weights
+of the layers behind; where f is flat, as h-swish is below -3, it does not answer at all.
 """
 
 from __future__ import annotations
@@ -13,13 +14,45 @@ import numpy as np
 
 from onnx_lwdf.activations.taps import Samples
 from onnx_lwdf.gates import Span, reach, response
+from onnx_lwdf.gradients import Sensitivities, strengths
 from onnx_lwdf.graph import Graph
-from onnx_lwdf.layers import Layer, weight_of
+from onnx_lwdf.layers import Bits, Layer, output_channels, weight_of
 from onnx_lwdf.precondition.channels import ChannelGroup, excited
 from onnx_lwdf.ranges import F64
+from onnx_lwdf.sites import JOIN_BITS
 from onnx_lwdf.statistics import Statistics
 
 TINY = float(np.finfo(np.float64).tiny)
+
+
+@dataclass(frozen=True, slots=True)
+class Answer:
+    """To errors of one tensor that has a grid."""
+
+    tensor: str
+    bits: int  # of the grid
+    sensitivity: F64  # S, [channels, channels], or its diagonal, [channels]
+    values: np.ndarray  # samples of it, [channels, values]
+
+    @property
+    def strength(self) -> F64:
+        """The diagonal of S, [channels]."""
+        return strengths(self.sensitivity)
+
+    @property
+    def matrix(self) -> F64:
+        """S, [channels, channels]."""
+        return np.diag(self.sensitivity) if self.sensitivity.ndim == 1 else self.sensitivity
+
+
+@dataclass(frozen=True, slots=True)
+class Answers:
+    """To all errors that a transform of a channel group may change."""
+
+    sites: tuple[Answer, ...]
+    readers: Mapping[str, F64]  # layer that reads the group -> to its own output, [out of all groups]
+    writers: Mapping[str, F64]  # layer that writes it -> to its output, S or its diagonal
+    at_outputs: bool  # of the model, by gradients; else of the readers
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,6 +61,56 @@ class Gated:
 
     readings: Mapping[str, F64]  # tensor -> [channels]: what an error adds to the outputs of the layers behind its gate
     spans: Mapping[str, Span]  # tensor -> what its channels may reach, as far as its gate tells it apart
+
+
+def answers_to(
+    graph: Graph,
+    group: ChannelGroup,
+    plan: Mapping[str, Bits],
+    samples: Samples,
+    gated: Gated,
+    gradients: Sensitivities,
+) -> Answers:
+    """By the gradients, where all that the group's errors need are known."""
+    if known := _with_gradients(group, samples, gradients):
+        bits = {layer.input: plan[layer.name].activation for layer in group.consumers}
+        return Answers(
+            tuple(Answer(name, bits.get(name) or JOIN_BITS, gradients[name], samples.values[name]) for name in known),
+            {layer.name: strengths(gradients[layer.output]) for layer in group.consumers},
+            {layer.name: gradients[layer.output] for layer in group.producers},
+            at_outputs=True,
+        )
+    sites, readers = [], {}
+    total = np.zeros((group.channels,) * 2 if group.mixed else group.channels)
+    for layer in group.consumers:
+        values, power = samples.values[layer.input], output_power(graph, layer, samples)
+        weight = by_channel(weight_of(graph, layer), len(values))  # [rows, channels]
+        if group.mixed:
+            sensitivity = weight.T @ weight / power
+            total += sensitivity
+        else:
+            sensitivity = (weight**2).sum(0) / power
+            total += group.spread(layer.input, sensitivity)
+        sites.append(Answer(layer.input, plan[layer.name].activation or 8, sensitivity, values))
+        readers[layer.name] = np.full(output_channels(graph, layer), 1 / power)
+    for name in (name for name in group.tensors if name in gated.readings):
+        sites.append(Answer(name, JOIN_BITS, gated.readings[name], gated.spans[name].clip(samples.values[name])))
+        total += group.spread(name, gated.readings[name])
+    writers = {layer.name: total[group.place(layer.output)] for layer in group.producers}
+    return Answers(tuple(sites), readers, writers, at_outputs=False)
+
+
+def _with_gradients(group: ChannelGroup, samples: Samples, gradients: Sensitivities) -> list[str]:
+    """The group's tensors that have a grid, where all gradients that its errors need are known; else none."""
+    inputs = [layer.input for layer in group.consumers]
+    needed = [*inputs, *(layer.output for layer in (*group.consumers, *group.producers))]
+    if group.written or group.read or any(name not in gradients for name in needed):
+        return []
+    known = [name for name in group.tensors if name in gradients]
+    if any(len(gradients[name]) != len(group.numbers(name)) for name in known):
+        return []
+    sampled = [name for name in known if name in samples.values]
+    return sampled if group.linear or not group.plain else list(dict.fromkeys(inputs))
 
 
 def beside_gates(graph: Graph, groups: Sequence[ChannelGroup], samples: Samples, statistics: Statistics) -> Gated:

@@ -14,7 +14,7 @@ from onnx_lwdf.config import Config
 from onnx_lwdf.gates import find_gates, response
 from onnx_lwdf.graph import Graph
 from onnx_lwdf.layers import Bits, find_layers
-from onnx_lwdf.precondition import channels, transform
+from onnx_lwdf.precondition import channels, equalization
 from onnx_lwdf.precondition.channels import find_groups
 from onnx_lwdf.precondition.fold import fold
 from onnx_lwdf.statistics import ChannelStatistics
@@ -79,7 +79,7 @@ def transformed(model):
     tensors = [name for layer in layers for name in (layer.input, layer.output)]
     seen = synthesize(Graph(model), layers, tensors, statistics, draw_chunks(inputs, config), config)
     plan = dict.fromkeys((layer.name for layer in layers), Bits(8, 8))
-    transform.transform_groups(graph, groups, plan, seen, statistics)
+    equalization.transform_groups(graph, groups, plan, seen, statistics)
     graph.commit()
     return graph
 

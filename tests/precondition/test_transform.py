@@ -11,10 +11,11 @@ from onnx import numpy_helper
 
 from onnx_lwdf.activations.inputs import read_inputs
 from onnx_lwdf.activations.sampler import draw_chunks, synthesize
+from onnx_lwdf.activations.taps import Moments
 from onnx_lwdf.config import Config
 from onnx_lwdf.graph import Graph
 from onnx_lwdf.layers import Bits, find_layers
-from onnx_lwdf.precondition import transform
+from onnx_lwdf.precondition import equalization, transform
 from onnx_lwdf.precondition.bounds import highest
 from onnx_lwdf.precondition.channels import find_groups
 from onnx_lwdf.precondition.fold import fold
@@ -174,7 +175,7 @@ def test_transforms_through_a_concat_keep_the_function_and_are_taken(bits):
     # All channels count alike, so that their sizes alone decide.
     widths = {"a": 3, "b": 3, "c": 2, "d": 8, "e": 4, "f": 3, "o": 7, "q": 4}
     gradients = {name: np.ones(count) for name, count in widths.items()}
-    moved, _, found = transform.transform_groups(graph, groups, plan, seen, {}, gradients)
+    moved, _, found = equalization.transform_groups(graph, groups, plan, seen, {}, gradients)
     assert not np.allclose(found["d"], 1)
     assert not np.allclose(found["e"], 1)
     np.testing.assert_allclose(found["d"][:3], found["b"])  # one factor a channel, wherever it is held
@@ -240,13 +241,13 @@ def behind_clip(graph, feeds):
 
 def test_channels_fill_the_range_below_a_clip(monkeypatch):
     """Below beta + 12 |gamma| nothing changes, above the values are cut there."""
-    monkeypatch.setattr(transform, "CLEAR_GAIN", 1.0)
+    monkeypatch.setattr(equalization, "CLEAR_GAIN", 1.0)
     model = clipped()
     graph, _, groups, plan, seen = prepared(model, 6)
     statistics = fold(Graph(clipped()))
     far = {"x": 40 * next(iter(samples(model).values()))}
     before = [behind_clip(graph, feed) for feed in (samples(model), far)]
-    moved, known, _ = transform.transform_groups(graph, groups, plan, seen, statistics)
+    moved, known, _ = equalization.transform_groups(graph, groups, plan, seen, statistics)
     gamma, beta = np.abs([0.02, 0.05, 0.1, 0.2, 0.3, 0.4, 1.0, 2.0]), np.linspace(-0.1, 0.2, 8)
     reach = np.minimum(6, beta + 12 * gamma)
     factor = np.where(reach > 6 / 256, 6 / reach, 1.0)[:, None, None]
@@ -261,7 +262,7 @@ def test_channels_fill_the_range_below_a_clip(monkeypatch):
 
 def test_pixels_bound_what_a_channel_behind_them_reaches(monkeypatch):
     """Nearer than 12 |gamma|, and exact: black to white images of any kind pass the moved Clip unchanged."""
-    monkeypatch.setattr(transform, "_predicted", lambda *arguments: 0.0 if arguments[-1].ceiling else 1.0)
+    monkeypatch.setattr(equalization, "predicted_error", lambda *arguments: 0.0 if arguments[-1].ceiling else 1.0)
     graph, _, groups, plan, seen = prepared(clipped(), 6)
     rng = np.random.default_rng(1)
     images = {"x": rng.choice([-0.05, 0.05], (64, 3, 8, 8)).astype(np.float32)}
@@ -269,7 +270,7 @@ def test_pixels_bound_what_a_channel_behind_them_reaches(monkeypatch):
     small = dataclasses.replace(seen, values={**seen.values, "d": 0.01 * seen.values["d"]})
     ranges = {"x": (-0.05, 0.05)}
     bound = highest(graph, groups[0].producers[0], ranges)
-    transform.transform_groups(graph, groups, plan, small, statistics, pixels=ranges)
+    equalization.transform_groups(graph, groups, plan, small, statistics, pixels=ranges)
     gamma, beta = np.abs([0.02, 0.05, 0.1, 0.2, 0.3, 0.4, 1.0, 2.0]), np.linspace(-0.1, 0.2, 8)
     assert (bound < beta + 12 * gamma).any()
     reach = np.maximum(np.minimum(np.minimum(6, beta + 12 * gamma), bound), small.values["d"].max(1))
@@ -280,7 +281,7 @@ def test_pixels_bound_what_a_channel_behind_them_reaches(monkeypatch):
 def test_a_clip_stays_as_it_is_where_no_batchnormalization_tells_the_range():
     graph, _, groups, plan, seen = prepared(clipped(), 6)
     before = behind_clip(graph, samples(clipped()))
-    transform.transform_groups(graph, groups, plan, seen, {})
+    equalization.transform_groups(graph, groups, plan, seen, {})
     np.testing.assert_array_equal(behind_clip(graph, samples(clipped())), before)
 
 
@@ -298,7 +299,7 @@ def test_transforms_keep_the_function_and_are_taken(bits, text):
     feeds, before = samples(model), answers(model, samples(model))
     graph, _, groups, plan, seen = prepared(model, bits)
     weights = {t.name: numpy_helper.to_array(t) for t in graph.snapshot().graph.initializer}
-    transform.transform_groups(graph, groups, plan, seen, {})
+    equalization.transform_groups(graph, groups, plan, seen, {})
     after = graph.snapshot()
     changed = [
         t.name for t in after.graph.initializer if not np.array_equal(numpy_helper.to_array(t), weights.get(t.name))
@@ -310,7 +311,7 @@ def test_transforms_keep_the_function_and_are_taken(bits, text):
 
 def test_samples_follow_the_transform():
     graph, layers, groups, plan, seen = prepared(bottleneck(), 4)
-    moved, _, _ = transform.transform_groups(graph, groups, plan, seen, {})
+    moved, _, _ = equalization.transform_groups(graph, groups, plan, seen, {})
     after = graph.snapshot()
     feeds = samples(after, 64)
     layer = next(layer for layer in layers if layer.input == "s")
@@ -324,8 +325,8 @@ def test_samples_follow_the_transform():
 def test_the_identity_is_kept_where_nothing_is_gained(monkeypatch):
     graph, _, groups, plan, seen = prepared(bottleneck(), 8)
     before = graph.snapshot().SerializeToString(deterministic=True)
-    monkeypatch.setattr(transform, "CLEAR_GAIN", 0.0)
-    assert transform.transform_groups(graph, groups, plan, seen, {})[0] is seen
+    monkeypatch.setattr(equalization, "CLEAR_GAIN", 0.0)
+    assert equalization.transform_groups(graph, groups, plan, seen, {})[0] is seen
     assert graph.snapshot().SerializeToString(deterministic=True) == before
 
 
@@ -344,7 +345,7 @@ def test_a_mean_moves_through_a_grouped_reader(groups, kernel):
     model = with_weights(text, tensors | {"w1": rng.normal(size=(12, 6 // groups, kernel, kernel))})
     feeds, before = samples(model), answers(model, samples(model))[0]
     graph, _, channel_groups, plan, seen = prepared(model, 4)
-    transform.transform_groups(graph, channel_groups, plan, seen, {})
+    equalization.transform_groups(graph, channel_groups, plan, seen, {})
     assert not np.array_equal(graph.constant("b0"), tensors["b0"])  # the mean did move
     np.testing.assert_allclose(answers(graph.snapshot(), feeds)[0], before, rtol=0, atol=1e-4 * np.abs(before).max())
 
@@ -365,6 +366,40 @@ def test_no_mean_moves_where_the_reader_has_no_bias():
     model = with_weights(text, tensors)
     feeds, before = samples(model), answers(model, samples(model))[0]
     graph, _, channel_groups, plan, seen = prepared(model, 4)
-    transform.transform_groups(graph, channel_groups, plan, seen, {})
+    equalization.transform_groups(graph, channel_groups, plan, seen, {})
     assert not np.array_equal(graph.constant("w0"), tensors["w0"].astype(np.float32))  # it was transformed all the same
     np.testing.assert_allclose(answers(graph.snapshot(), feeds)[0], before, rtol=0, atol=1e-4 * np.abs(before).max())
+
+
+@pytest.mark.parametrize(
+    ("mixed", "groups", "kernel"),
+    [(False, 1, 1), (False, 1, 4), (False, 3, 1), (False, 3, 4), (True, 1, 1), (True, 1, 4)],
+)
+def test_moments_and_gradients_follow_a_transform_of_the_values(mixed, groups, kernel):
+    """Against the moments of patches that are transformed value by value."""
+    channels, positions = 6, 50
+    rng = np.random.default_rng(groups + kernel)
+    patches = rng.normal(1, 2, (kernel, channels, positions))
+    matrix = rng.normal(size=(channels, channels)) if mixed else rng.uniform(0.1, 3, channels)
+    inverse = np.linalg.inv(matrix) if mixed else 1 / matrix
+    one = transform.Transform(matrix, inverse, {"t": rng.normal(size=channels)})
+    changed = np.stack([one.values(patch, "t") for patch in patches])
+    whole = matrix if mixed else np.diag(matrix)
+    np.testing.assert_allclose(changed, np.einsum("ab,kbp->kap", whole, patches - one.shift["t"][:, None]), atol=1e-12)
+
+    def moments(values):
+        rows = values.reshape(kernel, groups, -1, positions).transpose(1, 0, 2, 3).reshape(groups, -1, positions)
+        return Moments(rows.mean(-1), rows @ rows.transpose(0, 2, 1) / positions, np.zeros(groups))
+
+    found, wanted = one.moments(moments(patches), "t"), moments(changed)
+    np.testing.assert_allclose(found.mean, wanted.mean, atol=1e-12)
+    np.testing.assert_allclose(found.hessian, wanted.hessian, atol=1e-10)
+    # y = w^T t becomes (w^T A^-1)(A t): what an error of A t shows at y, E[g g^T] for g = A^-T w.
+    w = rng.normal(size=channels)
+    moved = np.linalg.inv(whole).T @ w
+    np.testing.assert_allclose(one.gradient(np.outer(w, w)), np.outer(moved, moved), atol=1e-10)
+    weight = rng.normal(size=(groups, 2, kernel * channels // groups))
+    rows = changed.reshape(kernel, groups, -1, positions).transpose(1, 0, 2, 3).reshape(groups, -1, positions)
+    plain = patches - one.shift["t"][:, None]
+    before = plain.reshape(kernel, groups, -1, positions).transpose(1, 0, 2, 3).reshape(groups, -1, positions)
+    np.testing.assert_allclose(one.reader(weight) @ rows, weight @ before, atol=1e-10)

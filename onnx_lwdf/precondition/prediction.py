@@ -1,0 +1,83 @@
+"""The error that a transform of a channel group is predicted to leave.
+
+Activations are put on the grid of least error, weights are rounded to second order (gptq.py), and each error is counted by how
+strongly what follows answers to it (readers.py):
+
+    sum over tensors with a grid    tr(S A^-1 E[(q(A t) - A t)(q(A t) - A t)^T] A^-T)    of which the diagonals are counted,
+    sum over readers of A t         rounding error of W A^-1 on the inputs A t, by output channels,
+    sum over writers of A t         rounding error of A W, by channels of the group.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import numpy as np
+
+from onnx_lwdf.activations.taps import Samples
+from onnx_lwdf.gates import Span
+from onnx_lwdf.gradients import strengths
+from onnx_lwdf.graph import Graph
+from onnx_lwdf.grid import nearest, search_weight_grid
+from onnx_lwdf.layers import Bits, weight_of
+from onnx_lwdf.precondition.channels import ChannelGroup
+from onnx_lwdf.precondition.readers import Answers
+from onnx_lwdf.precondition.transform import Transform
+from onnx_lwdf.ranges import ActivationGrid, grid_for, search_grid
+from onnx_lwdf.solvers.gptq import conditional_variances
+from onnx_lwdf.solvers.problem import F64
+
+MOST_ROWS = 64  # of a weight, for the prediction
+
+
+def predicted_error(
+    graph: Graph,
+    group: ChannelGroup,
+    plan: Mapping[str, Bits],
+    samples: Samples,
+    answers: Answers,
+    spans: Mapping[str, Span],
+    transform: Transform,
+) -> float:
+    """In the units of the answers: of the power of the model's outputs, or of the readers'."""
+    total = 0.0
+    for site in answers.sites:
+        part = transform.of(group.place(site.tensor))
+        energy = strengths(part.gradient(site.sensitivity))
+        values = part.values(site.values, site.tensor)
+        grid = _grid(values, energy, site.bits, spans.get(site.tensor), part)
+        total += float(((grid.quantize(values) - values) ** 2).mean(1) @ energy)
+    for layer in group.consumers:
+        part = transform.of(group.place(layer.input))
+        hessian = part.moments(samples.moments[layer.name], layer.input).hessian
+        error = _rounding(part.reader(weight_of(graph, layer)), hessian, plan[layer.name].weight)
+        total += float(error.ravel() @ answers.readers[layer.name])
+    for layer in group.producers:
+        part = transform.of(group.place(layer.output))
+        error = _rounding(
+            part.writer(weight_of(graph, layer)), samples.moments[layer.name].hessian, plan[layer.name].weight
+        )
+        total += float(error.ravel() @ strengths(part.gradient(answers.writers[layer.name])))
+    return total
+
+
+def _grid(values: F64, energy: F64, bits: int, span: Span | None, transform: Transform) -> ActivationGrid:
+    """The grid over what the transformed channels may reach, else that of the least error on these values."""
+    if span is None or bits < 8:
+        return search_grid(values.ravel(), np.repeat(energy, values.shape[1]), bits)
+    factor = transform.matrix  # a diagonal: beside a gate channels are not mixed
+    return grid_for(float((factor * span.low).min()), float((factor * span.high).max()), bits)
+
+
+def _rounding(weight: F64, hessian: F64, bits: int | None) -> F64:
+    """Predicted loss of every output channel, [groups, out], by second-order rounding; at 8 bits where it stays float.
+
+    Rows are sampled where there are many, and their mean stands for the others.
+    """
+    rows = weight[:, :: max(1, -(-weight.shape[1] // MOST_ROWS))]
+    importance = conditional_variances(hessian)
+    grid = search_weight_grid(rows, importance, bits or 8, None, np.zeros(rows.shape[:2]))
+    error = np.einsum("goi,gi->go", (nearest(rows, grid) * grid.scale[..., None] - rows) ** 2, importance)
+    if rows.shape[1] == weight.shape[1]:
+        return error
+    return np.broadcast_to(error.mean(1, keepdims=True), weight.shape[:2])
