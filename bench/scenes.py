@@ -19,9 +19,9 @@ import numpy as np
 import onnx
 
 from onnx_lwdf.activations import images
-from onnx_lwdf.compress import prepare
 from onnx_lwdf.config import Config
 from onnx_lwdf.graph import Graph
+from onnx_lwdf.preparation import prepare
 from onnx_lwdf.runtime import copy_of, open_session, run
 from onnx_lwdf.statistics import ChannelStatistics, divergence
 

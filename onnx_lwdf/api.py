@@ -12,12 +12,13 @@ import onnx
 from onnx import numpy_helper
 
 from onnx_lwdf import model_io
-from onnx_lwdf.compress import Compressed, OnLayer, Prepared, Progress, compress_model, possible, prepare
+from onnx_lwdf.compress import Compressed, OnLayer, Progress, compress_model
 from onnx_lwdf.config import Config
 from onnx_lwdf.emit import planned_bytes, sparse_initializer
 from onnx_lwdf.errors import GateError, ModelError, OptionError
 from onnx_lwdf.layers import Layer, Skipped, output_axis
 from onnx_lwdf.layerwise import Solved, method_of
+from onnx_lwdf.preparation import Prepared, possible, prepare
 from onnx_lwdf.report import LayerReport, Report
 from onnx_lwdf.tradeoff import Point
 

@@ -2,66 +2,51 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence, Set
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from types import MappingProxyType
 
 import numpy as np
 import onnx
 
-from onnx_lwdf.activations.inputs import InputSpec, find_inputs, read_inputs, unfeedable
 from onnx_lwdf.activations.isotropic import isotropic
-from onnx_lwdf.activations.recovered import recover
 from onnx_lwdf.activations.sampler import draw_chunks, synthesize
 from onnx_lwdf.activations.sources import SOURCES
-from onnx_lwdf.activations.taps import CHUNK, Feed, Samples
-from onnx_lwdf.batch import FixedBatch, fix_batch, free_batch
+from onnx_lwdf.activations.taps import Feed, Samples
+from onnx_lwdf.batch import fix_batch
 from onnx_lwdf.calibration import calibrate
 from onnx_lwdf.channels.prune import Pruned, prune_channels
 from onnx_lwdf.channels.spread import pooled_sources
 from onnx_lwdf.channels.surgery import Mask
 from onnx_lwdf.config import TARGETS, Config
-from onnx_lwdf.emit import FORMATS, emit, oldest_opset, operators
+from onnx_lwdf.emit import FORMATS, emit
 from onnx_lwdf.emit.rebuilt import rebuilt
 from onnx_lwdf.emit.stored import Rounded, Stored
 from onnx_lwdf.errors import ModelError
 from onnx_lwdf.gates import Span
 from onnx_lwdf.gradients import Sensitivities, sensitivities
-from onnx_lwdf.graph import Graph, node_name
-from onnx_lwdf.layers import Bits, Layer, Pruning, Skipped, find_layers, from_canonical, output_axis, sources, weight_of
+from onnx_lwdf.graph import Graph
+from onnx_lwdf.layers import Bits, Layer, find_layers, from_canonical, output_axis, weight_of
 from onnx_lwdf.layerwise import Solved, solve_layers
 from onnx_lwdf.mapped import Scratch
-from onnx_lwdf.model_io import Source, add_provenance, fix_initializers, inline_functions, raise_opset
-from onnx_lwdf.plan import plan_bits
+from onnx_lwdf.model_io import Source, add_provenance
 from onnx_lwdf.precision import halve, restore
 from onnx_lwdf.precondition.bounds import pixel_ranges
 from onnx_lwdf.precondition.channels import ChannelGroup, find_groups
 from onnx_lwdf.precondition.copies import copy_channels
 from onnx_lwdf.precondition.equalization import transform_groups
-from onnx_lwdf.precondition.fold import fold
 from onnx_lwdf.precondition.norms import mean_shifts, take_up
 from onnx_lwdf.precondition.readers import beside_gates
+from onnx_lwdf.preparation import Prepared, prepare
 from onnx_lwdf.pruning import plan_pruning, share_budget
 from onnx_lwdf.ranges import F64, ActivationGrid
 from onnx_lwdf.recalibration import recalibrate
-from onnx_lwdf.runtime import copy_of, open_session, unloadable
-from onnx_lwdf.sites import Site, find_sites, float_tails
-from onnx_lwdf.statistics import Statistics, origin
+from onnx_lwdf.runtime import open_session
+from onnx_lwdf.sites import Site, find_sites
+from onnx_lwdf.statistics import Statistics
 from onnx_lwdf.tradeoff import Point, Sizes, choose_bits, expected
 from onnx_lwdf.verify import Fidelity, verify
 
 VERIFIED_SAMPLES = 8
-FOLDED = (
-    "BatchNormalization was folded into the weights when the model was exported: its statistics are recovered in part, "
-    "and the other layers know their inputs from synthetic images alone; export it with BatchNormalization kept"
-)
-UNNORMALIZED = (
-    "the model has no normalization: if the export folded BatchNormalization into the weights, its statistics are lost, "
-    "and layers know their inputs from synthetic images alone; export it with BatchNormalization kept"
-)
-UNSEEN = "{}; so weights alone were rounded, each on its own, and nothing was verified: try the file where it will run"
-TAIL = "joins what different layers put out, and no layer follows: stays float"
-ORIGINS = {"data": "data", "none": "weights-only"}  # source -> the statistics of every layer; else each has its own
 RUN_TWICE = ("aligned", "data")  # sources whose inputs go through both networks; others draw anew, or nothing
 
 
@@ -76,26 +61,6 @@ class Progress:
 
 
 OnLayer = Callable[[Progress], None]
-
-
-@dataclass(frozen=True, slots=True)
-class Prepared:
-    """A model that was read and preconditioned: float still, ready to be compressed."""
-
-    config: Config  # what can be done of what was asked
-    unseen: str | None  # why the model cannot be run
-    graph: Graph
-    layers: Sequence[Layer]
-    skipped: Sequence[Skipped]
-    statistics: Statistics
-    plan: Mapping[str, Bits]
-    pruning: Mapping[str, Pruning]
-    origins: Mapping[str, str]  # layer name -> where the statistics of its input come from
-    sources: Mapping[str, Set[str]]  # layer name -> the layers from which it reads
-    behind: Mapping[str, Set[str]]  # output -> the layers from which it comes
-    inputs: Sequence[InputSpec]
-    fixed: FixedBatch | None  # the batch that the model was exported for, free until it is written
-    warnings: tuple[str, ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -289,90 +254,6 @@ def _sizes(source: Source, graph: Graph, layers: Sequence[Layer], sites: Sequenc
     add_provenance(noted, source, config.to_dict())
     signed = TARGETS[config.target].signed_activations
     return Sizes(graph, layers, sites, config.stored_format, config.activations, signed, noted.ByteSize())
-
-
-def prepare(
-    model: onnx.ModelProto,
-    config: Config,
-    scratch: Scratch | None = None,
-    spared: Mapping[str, str] = MappingProxyType({}),
-) -> Prepared:
-    """Read and precondition: layers found, BatchNormalization folded, bits planned.
-
-    `spared`: layer name -> why it stays float, whatever the options say.
-    """
-    config, unseen = possible(model, config)
-    form = config.stored_format
-    opset = oldest_opset(form, config.lowest_weight_bits, config.activations)
-    model, note = raise_opset(inline_functions(copy_of(model)), opset, form)
-    notes = [note, fix_initializers(model)]
-    graph = Graph(model, scratch)
-    statistics = fold(graph)
-    fixed = None if unseen else free_batch(graph, find_inputs(graph, config))
-    layers, skipped = find_layers(graph, config.exclude)
-    fit = operators(config.activations)
-    skipped += [_unfit(graph, layer, form) for layer in layers if layer.op not in fit]
-    skipped += [_left(graph, layer, spared[layer.name]) for layer in layers if layer.name in spared]
-    layers = [layer for layer in layers if layer.op in fit and layer.name not in spared]
-    if not layers:
-        reasons = "; ".join(dict.fromkeys(layer.reason for layer in skipped))
-        raise ModelError(f"nothing to compress: {reasons or 'the model has no Conv, ConvTranspose, Gemm or MatMul'}")
-    plan = plan_bits(graph, layers, skipped, config)
-    pruning = plan_pruning(graph, layers, skipped, config)
-    touched = {name for name in plan if config.channels or plan[name].weight is not None or pruning[name].asked}
-    idle = [layer for layer in layers if layer.name not in touched]
-    skipped += [_left(graph, layer, pruning[layer.name].note) for layer in idle]
-    layers = [layer for layer in layers if layer not in idle]
-    skipped += [Skipped(node_name(node), node.op_type, (), TAIL) for node in float_tails(graph, layers, plan)]
-    inputs, warnings = read_inputs(graph, config, statistics) if unseen is None else ((), (UNSEEN.format(unseen),))
-    known = [spec.name for spec in inputs if spec.inferred]
-    recovered: Statistics = {}
-    if config.source == "aligned":  # independent draws at some tensors only would spoil what stands between them
-        recovered = recover(graph, layers, statistics, draw_chunks(inputs, replace(config, samples=CHUNK)))
-    origins = {
-        layer.name: ORIGINS.get(config.source) or origin(graph, layer.input, statistics, recovered, known)
-        for layer in layers
-    }
-    lost = "propagated" in origins.values() and not statistics and not any(map(_normalizes, graph.nodes))
-    folded = FOLDED if recovered else UNNORMALIZED if lost else None
-    warnings = (*filter(None, notes), *warnings, *filter(None, [folded]))
-    found = sources(graph, layers)
-    return Prepared(
-        config=config,
-        unseen=unseen,
-        graph=graph,
-        layers=layers,
-        skipped=skipped,
-        statistics={**statistics, **recovered},
-        plan=plan,
-        pruning=pruning,
-        origins=origins,
-        sources={layer.name: found.get(layer.input, frozenset()) for layer in layers},
-        behind={name: found.get(name, frozenset()) for name in graph.outputs},
-        inputs=inputs,
-        fixed=fixed,
-        warnings=warnings,
-    )
-
-
-def possible(model: onnx.ModelProto, config: Config) -> tuple[Config, str | None]:
-    """What can be done of what was asked, and why the model cannot be run where that is less."""
-    unseen = unloadable(model) or unfeedable(model)
-    return (config if unseen is None else config.blind(unseen)), unseen
-
-
-def _normalizes(node: onnx.NodeProto) -> bool:
-    """GroupNormalization and its like: what they put out needs no stored statistics."""
-    return node.op_type.endswith("Normalization")
-
-
-def _unfit(graph: Graph, layer: Layer, name: str) -> Skipped:
-    return _left(graph, layer, f"onnxruntime has no integer {layer.op}; format {name} keeps it in float")
-
-
-def _left(graph: Graph, layer: Layer, reason: str) -> Skipped:
-    weight = graph.constant(layer.weight)
-    return Skipped(layer.name, layer.op, () if weight is None else weight.shape, reason)
 
 
 def _stored(graph: Graph, answer: Solved) -> Stored:

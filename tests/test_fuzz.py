@@ -13,8 +13,8 @@ from hypothesis import HealthCheck, given, settings
 from onnx import numpy_helper
 
 import onnx_lwdf
-from onnx_lwdf.compress import prepare
 from onnx_lwdf.config import Config
+from onnx_lwdf.preparation import prepare
 from onnx_lwdf.runtime import Array, open_session, run
 from tests.nets import answers, sqnr_db
 from tests.networks import NORMALIZED, images, networks

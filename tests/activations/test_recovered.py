@@ -10,11 +10,11 @@ from hypothesis import strategies as st
 
 from onnx_lwdf.activations.images import scenes
 from onnx_lwdf.activations.recovered import bottlenecks, left_over, recover
-from onnx_lwdf.compress import prepare
 from onnx_lwdf.config import Config
 from onnx_lwdf.graph import Graph
 from onnx_lwdf.layers import Layer, bias_of, find_layers, set_bias, set_weight, weight_of
 from onnx_lwdf.precondition.fold import fold
+from onnx_lwdf.preparation import prepare
 from onnx_lwdf.runtime import copy_of
 from onnx_lwdf.statistics import Statistics, origin
 from tests.nets import answers, samples, trained, with_weights
