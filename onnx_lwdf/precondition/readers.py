@@ -23,6 +23,8 @@ from onnx_lwdf.sites import JOIN_BITS
 from onnx_lwdf.statistics import Statistics
 
 TINY = float(np.finfo(np.float64).tiny)
+# An error of a weight is alike from position to position, and the outputs add it up; S knows errors that are independent there.
+ALIKE = 10.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,8 +52,8 @@ class Answers:
     """To all errors that a transform of a channel group may change."""
 
     sites: tuple[Answer, ...]
-    readers: Mapping[str, F64]  # layer that reads the group -> to its own output, [out of all groups]
-    writers: Mapping[str, F64]  # layer that writes it -> to its output, S or its diagonal
+    readers: Mapping[str, F64]  # layer that reads the group -> to errors of its weight, at its own output [out of all groups]
+    writers: Mapping[str, F64]  # layer that writes it -> to errors of its weight, at its output: S or its diagonal
     at_outputs: bool  # of the model, by gradients; else of the readers
 
 
@@ -76,8 +78,8 @@ def answers_to(
         bits = {layer.input: plan[layer.name].activation for layer in group.consumers}
         return Answers(
             tuple(Answer(name, bits.get(name) or JOIN_BITS, gradients[name], samples.values[name]) for name in known),
-            {layer.name: strengths(gradients[layer.output]) for layer in group.consumers},
-            {layer.name: gradients[layer.output] for layer in group.producers},
+            {layer.name: ALIKE * strengths(gradients[layer.output]) for layer in group.consumers},
+            {layer.name: ALIKE * gradients[layer.output] for layer in group.producers},
             at_outputs=True,
         )
     sites, readers = [], {}
