@@ -49,6 +49,14 @@ STUCK = """libc, mutex = ctypes.CDLL(None), ctypes.create_string_buffer(64)
     libc.pthread_mutex_lock(mutex)"""
 
 
+@pytest.fixture(autouse=True)
+def _interruptible():
+    """Even where the tests run in the background of a shell that lets its jobs ignore Ctrl-C, and processes inherit that."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
 @pytest.fixture
 def folder(tmp_path):
     onnx.save(residual(), tmp_path / "m.onnx")

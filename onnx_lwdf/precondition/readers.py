@@ -52,7 +52,9 @@ class Answers:
     """To all errors that a transform of a channel group may change."""
 
     sites: tuple[Answer, ...]
-    readers: Mapping[str, F64]  # layer that reads the group -> to errors of its weight, at its own output [out of all groups]
+    readers: Mapping[
+        str, F64
+    ]  # layer that reads the group -> to errors of its weight, at its own output [out of all groups]
     writers: Mapping[str, F64]  # layer that writes it -> to errors of its weight, at its output: S or its diagonal
     at_outputs: bool  # of the model, by gradients; else of the readers
 
