@@ -37,7 +37,7 @@ from onnx_lwdf.precondition.bounds import Range, highest
 from onnx_lwdf.precondition.channels import ChannelGroup
 from onnx_lwdf.precondition.readers import Answers
 from onnx_lwdf.precondition.rotation import spreading
-from onnx_lwdf.precondition.transform import Transform
+from onnx_lwdf.precondition.transform import Transform, diagonal
 from onnx_lwdf.solvers.problem import F64
 from onnx_lwdf.statistics import ChannelStatistics, Statistics
 
@@ -91,7 +91,7 @@ def _mixed(group: ChannelGroup, samples: Samples, answers: Answers, shift: Mappi
     sensitivity = np.sum([site.matrix for site in answers.sites], axis=0)
     covariance, sensitivity = _ridged(covariance / len(group.consumers)), _ridged(sensitivity)
     names = dict.fromkeys([*(layer.input for layer in group.consumers), *(layer.output for layer in group.producers)])
-    values = np.concatenate([samples.values[name] - _shift(shift, name, group.channels) for name in names], axis=1)
+    values = np.concatenate([_centred(samples, name, shift) for name in names], axis=1)
     found = []
     for t in GEODESIC:
         root = _power(_geodesic(sensitivity, np.asarray(np.linalg.inv(covariance)), t), 0.5)
@@ -118,11 +118,7 @@ def _scaled(graph: Graph, group: ChannelGroup, samples: Samples, answers: Answer
 
 def _diagonals(power: F64, sensitivity: F64, shift: Mapping[str, F64]) -> list[Transform]:
     factors = [(sensitivity ** (1 - t) / power**t) ** 0.5 for t in GEODESIC]
-    return [_diagonal(factor / np.exp(np.log(factor).mean()), shift) for factor in factors]
-
-
-def _diagonal(factor: F64, shift: Mapping[str, F64]) -> Transform:
-    return Transform(factor, 1 / factor, shift)
+    return [diagonal(factor / np.exp(np.log(factor).mean()), shift) for factor in factors]
 
 
 def _stretched(
@@ -140,7 +136,7 @@ def _stretched(
     reach = np.maximum(np.minimum(known.mean + known.far, bound), seen)
     alive = reach > ceiling / MOST_STRETCHED
     factor = ceiling / np.where(alive, np.minimum(reach, ceiling), ceiling)
-    return [Transform(factor, 1 / factor, {}, ceiling)]
+    return [diagonal(factor, ceiling=ceiling)]
 
 
 def _filled(group: ChannelGroup, spans: Mapping[str, Span]) -> list[Transform]:
@@ -155,7 +151,7 @@ def _filled(group: ChannelGroup, spans: Mapping[str, Span]) -> list[Transform]:
         wide = np.maximum(high, low / below)
         wide = np.maximum(wide, max(wide.max() / MOST_STRETCHED, np.finfo(np.float64).tiny))
         factor = np.exp(np.log(wide).mean()) / wide
-        found.append(_diagonal(factor, {}))
+        found.append(diagonal(factor))
     return found
 
 
@@ -188,12 +184,7 @@ def _shifts(graph: Graph, group: ChannelGroup, samples: Samples) -> dict[str, F6
 def _centred(samples: Samples, tensor: str, shift: Mapping[str, F64]) -> F64:
     """The tensor's values behind the shift, [channels, values]."""
     values = samples.values[tensor].astype(np.float64)
-    return values - _shift(shift, tensor, len(values))
-
-
-def _shift(shift: Mapping[str, F64], tensor: str, channels: int) -> F64:
-    """[channels, 1]."""
-    return shift.get(tensor, np.zeros(channels))[:, None]
+    return values - shift[tensor][:, None] if tensor in shift else values
 
 
 def _ridged(matrix: F64) -> F64:

@@ -20,7 +20,8 @@ from onnx_lwdf.precondition.candidates import candidates
 from onnx_lwdf.precondition.channels import ChannelGroup
 from onnx_lwdf.precondition.prediction import predicted_error
 from onnx_lwdf.precondition.readers import answers_to, beside_gates
-from onnx_lwdf.precondition.transform import apply, identity
+from onnx_lwdf.precondition.transform import apply, diagonal
+from onnx_lwdf.solvers.gptq import conditional_variances
 from onnx_lwdf.statistics import Statistics
 
 CLEAR_GAIN = 0.97  # a transform must lower the predicted error by more than the prediction's own noise
@@ -47,8 +48,13 @@ def transform_groups(
             continue
         answers = answers_to(graph, group, plan, samples, gated, gradients)
         others = candidates(graph, group, samples, answers, gated.spans, statistics, pixels)
-        tried = [identity(group.channels), *others]
-        errors = [predicted_error(graph, group, plan, samples, answers, gated.spans, one) for one in tried]
+        if not others:
+            continue
+        tried = [diagonal(np.ones(group.channels)), *others]
+        importance = {
+            layer.name: conditional_variances(samples.moments[layer.name].hessian) for layer in group.producers
+        }
+        errors = [predicted_error(graph, group, plan, samples, answers, gated.spans, importance, one) for one in tried]
         best = int(np.argmin(errors))
         if best and errors[best] < CLEAR_GAIN * errors[0]:
             chosen = tried[best]

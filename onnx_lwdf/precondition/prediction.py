@@ -37,9 +37,13 @@ def predicted_error(
     samples: Samples,
     answers: Answers,
     spans: Mapping[str, Span],
+    importance: Mapping[str, F64],
     transform: Transform,
 ) -> float:
-    """In the units of the answers: of the power of the model's outputs, or of the readers'."""
+    """In the units of the answers: of the power of the model's outputs, or of the readers'.
+
+    importance: layer that writes the group -> conditional variances of its inputs, which no transform of its outputs changes.
+    """
     total = 0.0
     for site in answers.sites:
         part = transform.of(group.place(site.tensor))
@@ -49,14 +53,12 @@ def predicted_error(
         total += float(((grid.quantize(values) - values) ** 2).mean(1) @ energy)
     for layer in group.consumers:
         part = transform.of(group.place(layer.input))
-        hessian = part.moments(samples.moments[layer.name], layer.input).hessian
-        error = _rounding(part.reader(weight_of(graph, layer)), hessian, plan[layer.name].weight)
+        inputs = conditional_variances(part.moments(samples.moments[layer.name], layer.input).hessian)
+        error = _rounding(part.reader(weight_of(graph, layer)), inputs, plan[layer.name].weight)
         total += float(error.ravel() @ answers.readers[layer.name])
     for layer in group.producers:
         part = transform.of(group.place(layer.output))
-        error = _rounding(
-            part.writer(weight_of(graph, layer)), samples.moments[layer.name].hessian, plan[layer.name].weight
-        )
+        error = _rounding(part.writer(weight_of(graph, layer)), importance[layer.name], plan[layer.name].weight)
         total += float(error.ravel() @ strengths(part.gradient(answers.writers[layer.name])))
     return total
 
@@ -69,13 +71,14 @@ def _grid(values: F64, energy: F64, bits: int, span: Span | None, transform: Tra
     return grid_for(float((factor * span.low).min()), float((factor * span.high).max()), bits)
 
 
-def _rounding(weight: F64, hessian: F64, bits: int | None) -> F64:
+def _rounding(weight: F64, importance: F64, bits: int | None) -> F64:
     """Predicted loss of every output channel, [groups, out], by second-order rounding; at 8 bits where it stays float.
+
+    importance [groups, in]: the conditional variances of what the weight reads.
 
     Rows are sampled where there are many, and their mean stands for the others.
     """
     rows = weight[:, :: max(1, -(-weight.shape[1] // MOST_ROWS))]
-    importance = conditional_variances(hessian)
     grid = search_weight_grid(rows, importance, bits or 8, None, np.zeros(rows.shape[:2]))
     error = np.einsum("goi,gi->go", (nearest(rows, grid) * grid.scale[..., None] - rows) ** 2, importance)
     if rows.shape[1] == weight.shape[1]:

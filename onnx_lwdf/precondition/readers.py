@@ -52,10 +52,8 @@ class Answers:
     """To all errors that a transform of a channel group may change."""
 
     sites: tuple[Answer, ...]
-    readers: Mapping[
-        str, F64
-    ]  # layer that reads the group -> to errors of its weight, at its own output [out of all groups]
-    writers: Mapping[str, F64]  # layer that writes it -> to errors of its weight, at its output: S or its diagonal
+    readers: Mapping[str, F64]  # layer that reads the group -> to errors of its weight, [out of all groups]
+    writers: Mapping[str, F64]  # layer that writes it -> to errors of its weight, S or its diagonal at its output
     at_outputs: bool  # of the model, by gradients; else of the readers
 
 
@@ -87,15 +85,15 @@ def answers_to(
     sites, readers = [], {}
     total = np.zeros((group.channels,) * 2 if group.mixed else group.channels)
     for layer in group.consumers:
-        values, power = samples.values[layer.input], output_power(graph, layer, samples)
-        weight = by_channel(weight_of(graph, layer), len(values))  # [rows, channels]
+        power = output_power(graph, layer, samples)
         if group.mixed:
+            weight = by_channel(weight_of(graph, layer), group.channels)  # [rows, channels]
             sensitivity = weight.T @ weight / power
             total += sensitivity
         else:
-            sensitivity = (weight**2).sum(0) / power
+            sensitivity = _squared_weights(graph, layer, samples) / power
             total += group.spread(layer.input, sensitivity)
-        sites.append(Answer(layer.input, plan[layer.name].activation or 8, sensitivity, values))
+        sites.append(Answer(layer.input, plan[layer.name].activation or 8, sensitivity, samples.values[layer.input]))
         readers[layer.name] = np.full(output_channels(graph, layer), 1 / power)
     for name in (name for name in group.tensors if name in gated.readings):
         sites.append(Answer(name, JOIN_BITS, gated.readings[name], gated.spans[name].clip(samples.values[name])))
@@ -147,9 +145,15 @@ def read_energy(graph: Graph, group: ChannelGroup, samples: Samples) -> F64:
     """[channels]: what an error adds to the outputs of the layers that read the group, to their power, summed over them."""
     total = np.zeros(group.channels)
     for layer in group.consumers:
-        weight = by_channel(weight_of(graph, layer), len(samples.values[layer.input]))
-        total += group.spread(layer.input, (weight**2).sum(0) / output_power(graph, layer, samples))
+        energy = _squared_weights(graph, layer, samples) / output_power(graph, layer, samples)
+        total += group.spread(layer.input, energy)
     return total
+
+
+def _squared_weights(graph: Graph, layer: Layer, samples: Samples) -> F64:
+    """That read each channel of the layer's input, summed, [channels]."""
+    weight = by_channel(weight_of(graph, layer), len(samples.values[layer.input]))
+    return np.asarray((weight**2).sum(0))
 
 
 def by_channel(weight: F64, channels: int) -> F64:

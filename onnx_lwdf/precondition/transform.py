@@ -8,7 +8,8 @@ alone changes the function, by values beyond what was allowed for.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
+from types import MappingProxyType
 
 import numpy as np
 
@@ -28,7 +29,7 @@ class Transform:
 
     matrix: F64  # A, [channels, channels], or its diagonal, [channels]
     inverse: F64  # of A, as A is
-    shift: Mapping[str, F64] = field(default_factory=dict)  # tensor -> [channels]; empty where no mean is moved
+    shift: Mapping[str, F64]  # tensor -> [channels]; empty where no mean is moved
     ceiling: float | None = None  # where a Clip cuts A t
 
     def of(self, place: Place) -> Transform:
@@ -42,14 +43,14 @@ class Transform:
         exact = values.astype(np.float64)
         if tensor in self.shift:
             exact -= self.shift[tensor][:, None]
-        changed = left(self.matrix, exact)
+        changed = _left(self.matrix, exact)
         return changed if self.ceiling is None else np.minimum(changed, self.ceiling)
 
     def gradient(self, gradient: F64) -> F64:
         """What becomes of S, the second moment of gradients at t, or of its diagonal."""
         if gradient.ndim == 1:  # of channels that are not mixed
             return np.asarray(gradient * (self.inverse if self.inverse.ndim == 1 else np.diag(self.inverse)) ** 2)
-        return right(left(self.inverse.T, gradient), self.inverse)
+        return _right(_left(self.inverse.T, gradient), self.inverse)
 
     def reader(self, weight: F64) -> F64:
         """[groups, out, in] -> W A^-1 at every kernel position."""
@@ -97,18 +98,9 @@ class Transform:
         return others | {name: statistics[name].through(scales[name], shifts[name]) for name in inside}
 
 
-def identity(channels: int) -> Transform:
-    return Transform(np.ones(channels), np.ones(channels))
-
-
-def left(matrix: F64, values: F64) -> F64:
-    """A t, of values [channels] or [channels, values]."""
-    return np.asarray((matrix * values.T).T if matrix.ndim == 1 else matrix @ values)
-
-
-def right(values: F64, matrix: F64) -> F64:
-    """Of values [values, channels]: each row times A."""
-    return np.asarray(values * matrix if matrix.ndim == 1 else values @ matrix)
+def diagonal(factor: F64, shift: Mapping[str, F64] = MappingProxyType({}), ceiling: float | None = None) -> Transform:
+    """Each channel multiplied by its factor, [channels]."""
+    return Transform(factor, 1 / factor, shift, ceiling)
 
 
 def apply(graph: Graph, group: ChannelGroup, samples: Samples, transform: Transform) -> Samples:
@@ -117,7 +109,7 @@ def apply(graph: Graph, group: ChannelGroup, samples: Samples, transform: Transf
     for layer in group.producers:
         part, bias = transform.of(group.place(layer.output)), bias_of(graph, layer)
         set_weight(graph, layer, part.writer(weight_of(graph, layer)))
-        set_bias(graph, layer, left(part.matrix, bias - shift.get(layer.output, 0.0)))
+        set_bias(graph, layer, _left(part.matrix, bias - shift.get(layer.output, 0.0)))
     for gate in group.written:
         scale_output(graph, gate, matrix[group.place(gate.output)])
     for gate in group.read:
@@ -146,3 +138,13 @@ def apply(graph: Graph, group: ChannelGroup, samples: Samples, transform: Transf
 def _outer(a: F64, b: F64) -> F64:
     """[groups, in] each -> [groups, in, in]."""
     return a[:, :, None] * b[:, None, :]
+
+
+def _left(matrix: F64, values: F64) -> F64:
+    """A t, of values [channels] or [channels, values]."""
+    return np.asarray((matrix * values.T).T if matrix.ndim == 1 else matrix @ values)
+
+
+def _right(values: F64, matrix: F64) -> F64:
+    """Of values [values, channels]: each row times A."""
+    return np.asarray(values * matrix if matrix.ndim == 1 else values @ matrix)

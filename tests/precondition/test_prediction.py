@@ -11,7 +11,8 @@ from onnx_lwdf.layers import Bits, find_layers
 from onnx_lwdf.precondition.channels import find_groups
 from onnx_lwdf.precondition.prediction import predicted_error
 from onnx_lwdf.precondition.readers import ALIKE, Gated, answers_to
-from onnx_lwdf.precondition.transform import Transform, identity
+from onnx_lwdf.precondition.transform import diagonal
+from onnx_lwdf.solvers.gptq import conditional_variances
 from tests.nets import with_weights
 
 CHANNELS, VALUES = 6, 4096
@@ -48,7 +49,10 @@ def predicted(weight_bits, activation_bits, gradients, transform=None):
     graph, layers, group, samples = group_and_samples()
     plan = {layer.name: Bits(weight_bits, activation_bits) for layer in layers}
     answers = answers_to(graph, group, plan, samples, Gated({}, {}), gradients)
-    return predicted_error(graph, group, plan, samples, answers, {}, transform or identity(CHANNELS))
+    importance = {layer.name: conditional_variances(samples.moments[layer.name].hessian) for layer in group.producers}
+    return predicted_error(
+        graph, group, plan, samples, answers, {}, importance, transform or diagonal(np.ones(CHANNELS))
+    )
 
 
 def gradients(grid=1.0, weights=1.0):
@@ -80,5 +84,5 @@ def test_the_answer_is_in_the_units_of_the_gradients():
     one = predicted(6, 6, gradients())
     assert predicted(6, 6, gradients(3.0, 3.0)) == pytest.approx(3 * one)
     # A channel that is doubled has half the gradient: read back, all is as it was, but for the grid that all channels share.
-    same = Transform(np.full(CHANNELS, 2.0), np.full(CHANNELS, 0.5))
+    same = diagonal(np.full(CHANNELS, 2.0))
     assert predicted(6, 6, gradients(), same) == pytest.approx(one, rel=1e-6)

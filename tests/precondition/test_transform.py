@@ -387,9 +387,12 @@ def test_moments_and_gradients_follow_a_transform_of_the_values(mixed, groups, k
     whole = matrix if mixed else np.diag(matrix)
     np.testing.assert_allclose(changed, np.einsum("ab,kbp->kap", whole, patches - one.shift["t"][:, None]), atol=1e-12)
 
+    def rows(values):
+        return values.reshape(kernel, groups, -1, positions).transpose(1, 0, 2, 3).reshape(groups, -1, positions)
+
     def moments(values):
-        rows = values.reshape(kernel, groups, -1, positions).transpose(1, 0, 2, 3).reshape(groups, -1, positions)
-        return Moments(rows.mean(-1), rows @ rows.transpose(0, 2, 1) / positions, np.zeros(groups))
+        x = rows(values)
+        return Moments(x.mean(-1), x @ x.transpose(0, 2, 1) / positions, np.zeros(groups))
 
     found, wanted = one.moments(moments(patches), "t"), moments(changed)
     np.testing.assert_allclose(found.mean, wanted.mean, atol=1e-12)
@@ -399,7 +402,5 @@ def test_moments_and_gradients_follow_a_transform_of_the_values(mixed, groups, k
     moved = np.linalg.inv(whole).T @ w
     np.testing.assert_allclose(one.gradient(np.outer(w, w)), np.outer(moved, moved), atol=1e-10)
     weight = rng.normal(size=(groups, 2, kernel * channels // groups))
-    rows = changed.reshape(kernel, groups, -1, positions).transpose(1, 0, 2, 3).reshape(groups, -1, positions)
-    plain = patches - one.shift["t"][:, None]
-    before = plain.reshape(kernel, groups, -1, positions).transpose(1, 0, 2, 3).reshape(groups, -1, positions)
-    np.testing.assert_allclose(one.reader(weight) @ rows, weight @ before, atol=1e-10)
+    before = rows(patches - one.shift["t"][:, None])
+    np.testing.assert_allclose(one.reader(weight) @ rows(changed), weight @ before, atol=1e-10)
