@@ -57,7 +57,6 @@ def _observed_range(
     low: float | None = None,
     high: float | None = None,
     symmetric: bool = False,
-    power: float = 2.0,
 ) -> ActivationGrid:
     """The signature of `search_grid`: from the smallest to the largest sample."""
     least, most = float(values.min()), float(values.max())
@@ -85,8 +84,8 @@ def _not_stretched(group: object, ceiling: float, samples: object, known: object
     return []
 
 
-OBSERVED: Replacement = (calibration, "search_grid", _observed_range)
 UNWIDENED: Replacement = (calibration, "REACH", 1.0)
+OBSERVED: Sequence[Replacement] = ((calibration, "search_grid", _observed_range), UNWIDENED)
 UNCORRECTED: Replacement = (layerwise, "mean_correction", _no_correction)
 LOCAL: Replacement = (STEPS, "sensitivities", _no_gradients)
 UNTRANSFORMED: Sequence[Replacement] = (
@@ -103,17 +102,17 @@ METHODS: Mapping[str, Method] = {
     "nearest": Method(
         "nearest rounding; activation ranges from the smallest to the largest sample",
         {"method": "rtn", "recalibrate": False},
-        (OBSERVED, UNCORRECTED, *UNTRANSFORMED),
+        (*OBSERVED, UNCORRECTED, *UNTRANSFORMED),
     ),
     "DFQ": Method(
         "equalization, nearest rounding, bias correction; Gaussian draws from the statistics give means and ranges",
         {"method": "rtn", "recalibrate": False, "activations_from": "gaussian"},
-        (OBSERVED, *EQUALIZED),
+        (*OBSERVED, *EQUALIZED),
     ),
     "SQuant": Method(
         "roundings flipped until the error sums cancel; Gaussian draws give the ranges",
         {"method": "squant", "recalibrate": False, "activations_from": "gaussian"},
-        (OBSERVED, UNCORRECTED, *UNTRANSFORMED),
+        (*OBSERVED, UNCORRECTED, *UNTRANSFORMED),
     ),
     "paper": Method(
         "equalization, Gaussian draws as layer inputs, each layer solved on them, ranges of least error, bias correction",

@@ -12,11 +12,9 @@ V the stored weight and q the grid of the input.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 
 import numpy as np
-from threadpoolctl import threadpool_limits
 
 from onnx_lwdf.activations.taps import Moments, Samples
 from onnx_lwdf.config import TARGETS, Config
@@ -24,9 +22,11 @@ from onnx_lwdf.graph import Graph
 from onnx_lwdf.grid import storable
 from onnx_lwdf.layers import ALL, Bits, Layer, Pruning, bias_of, blocks, weight_of
 from onnx_lwdf.ranges import ActivationGrid
+from onnx_lwdf.runtime import trim
 from onnx_lwdf.solvers import SOLVERS
 from onnx_lwdf.solvers.bias import mean_correction
 from onnx_lwdf.solvers.problem import LayerProblem, LayerSolution, Rounding, float_solution
+from onnx_lwdf.workers import workers
 
 F64 = np.ndarray[tuple[int, ...], np.dtype[np.float64]]
 
@@ -86,9 +86,12 @@ def solve_layers(
             parts.append(_settle(task, _solve(task)))
         return _joined(graph, parts)
 
-    with threadpool_limits(limits=1), ThreadPoolExecutor(config.jobs) as pool:
+    with workers(config.jobs) as pool:
         try:
-            yield from pool.map(answer, layers)
+            for answered in pool.map(answer, layers):
+                if graph.scratch is not None:  # what the C library keeps of every layer adds up to twice what one needs
+                    trim()
+                yield answered
         except BaseException:
             pool.shutdown(wait=False, cancel_futures=True)
             raise

@@ -9,11 +9,9 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 
 import numpy as np
-from threadpoolctl import threadpool_limits
 
 from onnx_lwdf.activations.taps import Feed, Moments, Samples
 from onnx_lwdf.allocate import SPARSITIES, Curve, allocate
@@ -26,6 +24,7 @@ from onnx_lwdf.layerwise import method_of, patch_moments
 from onnx_lwdf.plan import check_patterns, first_and_last
 from onnx_lwdf.solvers import SOLVERS, Losses
 from onnx_lwdf.solvers.problem import F64, LayerProblem
+from onnx_lwdf.workers import workers
 
 SPARED = 0.1  # of the weights that N:M could prune: the narrow layers at the front hold few and cost most
 MOST_ROWS = 64  # output channels of a layer, for its curve
@@ -80,7 +79,7 @@ def share_budget(
     influence = influences(graph, sharing, samples.moments, feed)
     losses = SOLVERS[method_of(config, Bits(config.weight_bits, None), pruned=True)].losses
     assert losses is not None, config.method
-    with threadpool_limits(limits=1), ThreadPoolExecutor(config.jobs) as pool:
+    with workers(config.jobs) as pool:
         curves = pool.map(
             lambda layer: _curve(
                 losses, layer, weight_of(graph, layer), samples.moments[layer.name], influence[layer.name]
@@ -110,7 +109,7 @@ def _spare(
         return influence[layer.name] * relative_loss(solve(problem).loss, problem.weight, problem.hessian)
 
     sizes = {layer.name: math.prod(shape_of(graph, layer)) for layer in asked}
-    with threadpool_limits(limits=1), ThreadPoolExecutor(config.jobs) as pool:
+    with workers(config.jobs) as pool:
         costs = {layer.name: cost / sizes[layer.name] for layer, cost in zip(asked, pool.map(cost, asked), strict=True)}
     left, spared = SPARED * sum(sizes.values()), []
     for name in sorted(costs, key=lambda name: -costs[name]):

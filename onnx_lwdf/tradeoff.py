@@ -11,11 +11,9 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 
 import numpy as np
-from threadpoolctl import threadpool_limits
 
 from onnx_lwdf.activations.taps import Feed, Moments, Samples
 from onnx_lwdf.calibration import grid_noise
@@ -30,6 +28,7 @@ from onnx_lwdf.ranges import ActivationGrid
 from onnx_lwdf.sites import Site
 from onnx_lwdf.solvers import SOLVERS
 from onnx_lwdf.solvers.problem import channel_loss
+from onnx_lwdf.workers import workers
 
 MOST_ROWS = 64  # output channels of a layer, for its curve
 FRONT = 12  # points of the trade-off that are reported
@@ -112,7 +111,7 @@ def choose_bits(
         )
         return [influence[layer.name] * error for error in _errors(task, row, samples.moments[layer.name])]
 
-    with threadpool_limits(limits=1), ThreadPoolExecutor(config.jobs) as pool:
+    with workers(config.jobs) as pool:
         noises = list(pool.map(curve, layers, bits))
     choices = _Choices(plan, sizes, bits, noises, floor, share)
     answer = choices.within(most) if most is not None else choices.holding(config.fail_under or 0.0)

@@ -139,12 +139,12 @@ def sample(
     rng: np.random.Generator,
     statistics: Statistics,
     align: Align | None,
-    keep: Callable[[F64], F64] = lambda array: array,
+    keep: Callable[[Array], Array] = lambda array: array,
 ) -> Samples:
     """Run the chunks of input samples through the model and gather the patches of layers and the values of tensors.
 
     `align` replaces every tensor that has statistics before the taps are laid: a source's way of making activations.
-    `keep` answers the same array in a file where the second moments of all layers are too large for memory.
+    `keep` answers the same array in a file where the samples of all layers are too large for memory.
     """
     tensors = list(dict.fromkeys(tensors))
     graph = Graph(copy_of(model))
@@ -200,7 +200,7 @@ def _run(
     tensors: Mapping[str, _Tap],
     chunks: Sequence[Feed],
     rng: np.random.Generator,
-    keep: Callable[[F64], F64],
+    keep: Callable[[Array], Array],
 ) -> Samples:
     taps = [*layers.values(), *tensors.values()]
     session = _session(graph, taps)
@@ -222,7 +222,7 @@ def _run(
         for name, tap in tensors.items():
             values[name].append(tap.decode(answers.pop(tap.output))[0])
     moments = {name: found.moments() for name, found in sums.items()}
-    return Samples(moments, {name: np.concatenate(parts, axis=-1) for name, parts in values.items()})
+    return Samples(moments, {name: keep(np.concatenate(values.pop(name), axis=-1)) for name in tensors})
 
 
 def _moments(name: str, x: F32) -> tuple[F64, F64]:

@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
 import numpy as np
-from threadpoolctl import threadpool_limits
 
 from onnx_lwdf.activations.taps import Feed, Samples, tensor_shapes
 from onnx_lwdf.channels.allocation import Curve, allocate, most_removed
@@ -22,6 +20,7 @@ from onnx_lwdf.graph import Graph
 from onnx_lwdf.layers import Layer, output_channels, weight_of
 from onnx_lwdf.solvers.problem import F64
 from onnx_lwdf.statistics import ChannelStatistics, Statistics
+from onnx_lwdf.workers import workers
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,7 +89,7 @@ def _eliminate_all(
     graph: Graph, groups: Sequence[Group], spreads: Mapping[str, F64], budget: int, jobs: int | None
 ) -> list[Elimination]:
     """Groups run in parallel, each on one thread: the bytes do not depend on the jobs."""
-    with threadpool_limits(limits=1), ThreadPoolExecutor(jobs) as pool:
+    with workers(jobs) as pool:
         return list(pool.map(lambda group: _eliminate(graph, group, spreads, budget), groups))
 
 

@@ -80,6 +80,23 @@ def test_layer_inputs_behind_a_relu_have_the_statistics_of_a_clipped_gaussian(so
     np.testing.assert_allclose(seen.values["a2"].mean(1), expected, atol=0.08 if source == "gaussian" else 0.2)
 
 
+def test_moments_and_values_are_what_keep_made_of_them():
+    """Of a model too large for memory, samples are in files."""
+    model, graph, _, layers = folded()
+    kept = []
+
+    def keep(array):
+        kept.append(array.copy())
+        return kept[-1]
+
+    chunks = [samples(model, 4)]
+    tensors = [layer.input for layer in layers]
+    found = sample(graph.model, layers, tensors, chunks, np.random.default_rng(0), {}, None, keep)
+    held = {id(array) for array in kept}
+    assert {id(value) for value in found.values.values()} <= held
+    assert {id(moments.hessian) for moments in found.moments.values()} <= held
+
+
 def test_gaussian_draws_are_uncorrelated_and_seeded():
     model, _, statistics, layers = folded()
     chunks = [samples(model, 16)]
