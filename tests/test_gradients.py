@@ -8,6 +8,7 @@ import pytest
 
 from onnx_lwdf import gradients
 from onnx_lwdf.activations import aligned
+from onnx_lwdf.derivatives import HALF_STEP
 from onnx_lwdf.graph import Graph
 from onnx_lwdf.precondition.fold import fold
 from tests.nets import answers, samples, with_weights
@@ -96,7 +97,7 @@ def by_differences(model, tensor, output, feeds):
         onnx.helper.make_tensor_value_info(tensor, onnx.TensorProto.FLOAT, [None, *values.shape[1:]])
     )
     rest.graph.output.append(onnx.helper.make_empty_tensor_value_info(output))
-    step, total = gradients.HALF_STEP, 0.0
+    step, total = HALF_STEP, 0.0
     size = int(np.prod(values.shape[1:]))
     moves = step * np.eye(size, dtype=np.float32).reshape(size, *values.shape[1:])
     for value in values:
