@@ -15,7 +15,8 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 import onnx
 
-from onnx_lwdf.activations.taps import Feed, Moments
+from onnx_lwdf.activations.moments import Moments
+from onnx_lwdf.activations.taps import Feed
 from onnx_lwdf.graph import Graph
 from onnx_lwdf.layers import Layer, bias_of, find_layers, from_canonical, weight_of
 from onnx_lwdf.layerwise import patch_moments

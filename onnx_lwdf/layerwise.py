@@ -16,7 +16,8 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from onnx_lwdf.activations.taps import Moments, Samples
+from onnx_lwdf.activations.moments import Moments
+from onnx_lwdf.activations.taps import Samples
 from onnx_lwdf.config import TARGETS, Config
 from onnx_lwdf.graph import Graph
 from onnx_lwdf.grid import storable

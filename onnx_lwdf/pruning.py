@@ -13,7 +13,8 @@ from dataclasses import replace
 
 import numpy as np
 
-from onnx_lwdf.activations.taps import Feed, Moments, Samples
+from onnx_lwdf.activations.moments import Moments
+from onnx_lwdf.activations.taps import Feed, Samples
 from onnx_lwdf.allocate import SPARSITIES, Curve, allocate
 from onnx_lwdf.config import Config
 from onnx_lwdf.errors import ModelError

@@ -15,7 +15,8 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from onnx_lwdf.activations.taps import Feed, Moments, Samples
+from onnx_lwdf.activations.moments import Moments
+from onnx_lwdf.activations.taps import Feed, Samples
 from onnx_lwdf.calibration import grid_noise
 from onnx_lwdf.config import BITS, Config
 from onnx_lwdf.emit import file_bytes, weight_bytes

@@ -11,7 +11,8 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from onnx_lwdf.activations.taps import Moments, Samples
+from onnx_lwdf.activations.moments import Moments
+from onnx_lwdf.activations.taps import Samples
 from onnx_lwdf.graph import Graph
 from onnx_lwdf.layers import Layer, shape_of
 

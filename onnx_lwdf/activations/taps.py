@@ -16,6 +16,7 @@ import numpy.typing as npt
 import onnx
 import onnxruntime as ort
 
+from onnx_lwdf.activations.moments import Moments, Sums
 from onnx_lwdf.errors import ModelError
 from onnx_lwdf.graph import Graph
 from onnx_lwdf.layers import Layer, Window, input_channels
@@ -30,87 +31,8 @@ Align = Callable[[Graph, str, ChannelStatistics, tuple[int, ...]], str]  # graph
 CHUNK = 16  # images at a time: bounds the memory, and is enough for batch statistics
 FEWEST_POSITIONS, MOST_POSITIONS = 1024, 4096  # of each layer over all samples, where it has so many
 PATCH_VALUES = 2**23  # of a layer over all samples; beyond, positions are fewer
-UNKNOWN_DOUBT = 0.2  # from a single chunk
-ROUNDING = 1e-5  # of float32 sums over a few thousand positions
 POSITIONS_PER_INPUT = 2  # a Hessian of rank `in` needs more positions than it has rows
 VALUES_PER_CHANNEL = 2048  # of each tensor over all samples: rare large values decide where a range may end
-
-
-@dataclass(frozen=True, slots=True)
-class Moments:
-    """First and second moments of a layer's input."""
-
-    mean: F64  # [groups, in]
-    hessian: F64  # [groups, in, in], E[x x^T]
-    doubt: F64  # [groups], how much of the correlations is chance: their variance between chunks over their square
-
-    def of(self, groups: npt.NDArray[np.bool_] | Indices) -> Moments:
-        """Of these groups: a mask, or their places."""
-        return Moments(self.mean[groups], self.hessian[groups], self.doubt[groups])
-
-    @property
-    def covariance(self) -> F64:
-        """[groups, in, in] around the mean, what chance made of its off-diagonal taken away by shrinking it.
-
-        (The intensity of Schaefer and Strimmer, 2005, with chunks of images as the independent draws.)
-        """
-        centered = self.mean[:, :, None] * self.mean[:, None, :]  # in place from here on: these are the largest arrays
-        np.subtract(self.hessian, centered, out=centered)
-        diagonal = np.maximum(np.einsum("gii->gi", centered), 0.0)
-        centered *= (1 - self.doubt)[:, None, None]
-        np.einsum("gii->gi", centered)[...] = diagonal
-        return centered
-
-
-class _Sums:
-    """Sums over chunks: of the second moments, and of the squared correlations within each chunk.
-
-    Correlations are covariances in units of the first chunk's deviations: one unit for all chunks, and one matrix to keep.
-    """
-
-    def __init__(self, mean: F64, power: F64) -> None:
-        """The first chunk. mean [groups, in], power [groups, in, in]."""
-        spread = np.einsum("gii->gi", power) - mean**2
-        level = np.einsum("gii->gi", power)
-        live = spread > ROUNDING * np.maximum(level, level.max(1, keepdims=True))  # the others hold rounding errors
-        self._weight = 1 / np.sqrt(np.where(live, spread, np.inf))  # [groups, in]
-        self._means = [mean]
-        self._power = power
-        self._squares = self._squared(self._covariance(power, [mean]))
-
-    def add(self, mean: F64, power: F64) -> None:
-        self._squares += self._squared(self._covariance(power, [mean]))
-        self._means.append(mean)
-        self._power += power
-
-    def moments(self) -> Moments:
-        """The sums become the moments: nothing can be added any more."""
-        self._power /= len(self._means)
-        return Moments(np.mean(self._means, axis=0), self._power, self._doubt(self._power))
-
-    def _doubt(self, hessian: F64) -> F64:
-        """[groups]: summed variance of the mean correlations over their summed squares."""
-        chunks = len(self._means)
-        if chunks == 1:
-            return np.full(len(hessian), UNKNOWN_DOUBT)
-        found = self._squared(self._covariance(hessian, self._means))
-        chance = np.maximum(self._squares / chunks - found, 0.0) / (chunks - 1)
-        return np.clip(chance / np.where(found > 0, found, np.inf), 0.0, 1.0)
-
-    @staticmethod
-    def _covariance(power: F64, means: Sequence[F64]) -> F64:
-        """Within chunks of these means, [groups, in, in]."""
-        stacked = np.stack(means, axis=1)  # [groups, chunks, in]
-        covariance = stacked.swapaxes(1, 2) @ stacked
-        covariance /= len(means)
-        return np.subtract(power, covariance, out=covariance)
-
-    def _squared(self, covariance: F64) -> F64:
-        """[groups]: the sum of the squared correlations off the diagonal; `covariance` is consumed."""
-        np.einsum("gii->gi", covariance)[...] = 0
-        covariance *= self._weight[:, :, None]
-        covariance *= self._weight[:, None, :]
-        return np.einsum("gij,gij->g", covariance, covariance)
 
 
 @dataclass(frozen=True, slots=True)
@@ -205,7 +127,7 @@ def _run(
     taps = [*layers.values(), *tensors.values()]
     session = _session(graph, taps)
     outputs, inputs = [value.name for value in session.get_outputs()], {value.name for value in session.get_inputs()}
-    sums: dict[str, _Sums] = {}
+    sums: dict[str, Sums] = {}
     values: dict[str, list[F32]] = {name: [] for name in tensors}
     for chunk in chunks:
         indices = {tap.feed: tap.draw(rng) for tap in taps if tap.feed is not None and tap.draw is not None}
@@ -218,7 +140,7 @@ def _run(
             if name in sums:
                 sums[name].add(mean, power)
             else:
-                sums[name] = _Sums(mean, keep(power))
+                sums[name] = Sums(mean, keep(power))
         for name, tap in tensors.items():
             values[name].append(tap.decode(answers.pop(tap.output))[0])
     moments = {name: found.moments() for name, found in sums.items()}

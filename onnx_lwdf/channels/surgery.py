@@ -13,7 +13,8 @@ from dataclasses import dataclass, replace
 import numpy as np
 import numpy.typing as npt
 
-from onnx_lwdf.activations.taps import Moments, Samples
+from onnx_lwdf.activations.moments import Moments
+from onnx_lwdf.activations.taps import Samples
 from onnx_lwdf.channels.elimination import left_over, refit, restore
 from onnx_lwdf.channels.ties import CHANNEL_AXIS, Ties
 from onnx_lwdf.graph import Graph

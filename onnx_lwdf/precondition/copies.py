@@ -24,7 +24,8 @@ from dataclasses import dataclass, replace
 import numpy as np
 import numpy.typing as npt
 
-from onnx_lwdf.activations.taps import Feed, Moments, Samples, tensor_shapes
+from onnx_lwdf.activations.moments import Moments
+from onnx_lwdf.activations.taps import Feed, Samples, tensor_shapes
 from onnx_lwdf.channels.surgery import correct_shapes, set_groups
 from onnx_lwdf.gradients import Sensitivities, strengths
 from onnx_lwdf.graph import Graph

@@ -13,7 +13,8 @@ from types import MappingProxyType
 
 import numpy as np
 
-from onnx_lwdf.activations.taps import Moments, Samples
+from onnx_lwdf.activations.moments import Moments
+from onnx_lwdf.activations.taps import Samples
 from onnx_lwdf.gates import scale_input, scale_output
 from onnx_lwdf.graph import Graph
 from onnx_lwdf.layers import bias_of, set_bias, set_weight, weight_of

@@ -5,7 +5,8 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from onnx_lwdf.activations.taps import Moments, Samples
+from onnx_lwdf.activations.moments import Moments
+from onnx_lwdf.activations.taps import Samples
 from onnx_lwdf.graph import Graph
 from onnx_lwdf.layers import Bits, find_layers
 from onnx_lwdf.precondition.channels import find_groups

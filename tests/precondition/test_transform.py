@@ -10,8 +10,8 @@ import pytest
 from onnx import numpy_helper
 
 from onnx_lwdf.activations.inputs import read_inputs
+from onnx_lwdf.activations.moments import Moments
 from onnx_lwdf.activations.sampler import draw_chunks, synthesize
-from onnx_lwdf.activations.taps import Moments
 from onnx_lwdf.config import Config
 from onnx_lwdf.graph import Graph
 from onnx_lwdf.layers import Bits, find_layers
