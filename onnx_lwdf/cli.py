@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import io
-import math
 import os
 import sys
 import traceback
@@ -18,7 +17,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 from rich.table import Table
 from rich.text import Text
 
-from onnx_lwdf import api
+from onnx_lwdf import api, words
 from onnx_lwdf import report as reports
 from onnx_lwdf.activations.sources import SOURCES
 from onnx_lwdf.compress import Progress as Step
@@ -30,7 +29,6 @@ from onnx_lwdf.model_io import TOOL, tool_version
 from onnx_lwdf.report import COLUMNS, NUMERIC_COLUMNS, Report, printable
 from onnx_lwdf.solvers import SOLVERS
 
-SIZE_UNITS = {"%": 0.01, "": 1, "B": 1, "KB": 1e3, "MB": 1e6, "GB": 1e9}  # a share of the source, or bytes
 UNLIMITED_WIDTH = 10_000  # of a table that is not shown on a terminal: nothing is cut off or folded
 FOLDED_COLUMNS = ("layer", "note")  # the first to give way on a narrow terminal
 BESIDE_CHECK = ("models", "check", "quiet", "verbose", "no_progress")  # parameters that --check reads or may ignore
@@ -78,86 +76,6 @@ def _line(error: Exception) -> str:
     return printable(" ".join(text.split()))
 
 
-def _pattern_bits(text: str) -> tuple[str, int]:
-    pattern, _, bits = text.rpartition("=")
-    if not (pattern and bits.isdecimal()):
-        raise click.BadParameter(f"{text!r} is not PATTERN=N, such as '*/head/*=8'.")
-    return pattern, int(bits)
-
-
-def _pattern_share(text: str) -> tuple[str, float]:
-    pattern, _, share = text.rpartition("=")
-    if not pattern:
-        raise click.BadParameter(f"{text!r} is not PATTERN=F, such as '*/expand/*=0.7'.")
-    return pattern, _number(share)
-
-
-def _n_of_m(text: str) -> tuple[int, int]:
-    n, _, m = text.partition(":")
-    if not (n.isdecimal() and m.isdecimal()):
-        raise click.BadParameter(f"{text!r} is not N:M, such as 2:4.")
-    return int(n), int(m)
-
-
-def _name_shape(text: str) -> tuple[str, tuple[int, ...]]:
-    name, _, dims = text.rpartition(":")
-    sizes = dims.split(",")
-    if not (name and all(size.strip().isdecimal() and int(size) for size in sizes)):
-        raise click.BadParameter(f"{text!r} is not NAME:DIMS, such as x:1,3,224,224.")
-    return name, tuple(int(size) for size in sizes)
-
-
-def _number(text: str) -> float:
-    try:
-        value = float(text)
-    except ValueError:
-        value = math.nan
-    if not math.isfinite(value):
-        raise click.BadParameter(f"{text!r} is not a number.")
-    return value
-
-
-def _numbers(text: str) -> tuple[float, ...]:
-    return tuple(_number(part) for part in text.split(","))
-
-
-def _share(text: str) -> float:
-    share = _number(text)
-    if not 0 <= share < 1:
-        raise click.BadParameter(f"{text!r} is not a share; it must be at least 0 and below 1.")
-    return share
-
-
-def _range(text: str) -> tuple[float, ...]:
-    numbers = _numbers(text)
-    if len(numbers) != 2:
-        raise click.BadParameter(f"{text!r} is not LO,HI, such as -1,1.")
-    return numbers
-
-
-def _activation_bits(text: str) -> int | str:
-    if not (text == api.FLOAT or text.isdecimal()):
-        raise click.BadParameter(f"{text!r} is neither a number nor {api.FLOAT!r}.")
-    return text if text == api.FLOAT else int(text)
-
-
-def _bits(text: str) -> int | str:
-    if text == api.AUTO:
-        return text
-    if not (text.isdecimal() and int(text) in BITS):
-        raise click.BadParameter(f"{text!r} is neither {BITS.start} to {BITS.stop - 1} nor {api.AUTO!r}.")
-    return int(text)
-
-
-def _size(text: str) -> float:
-    digits = text.rstrip("%BGKMbgkm")
-    unit = SIZE_UNITS.get(text[len(digits) :].strip().upper())
-    value = _number(digits) * unit if digits and unit else 0.0
-    if value <= 0 or (text.endswith("%") and value > 1):
-        raise click.BadParameter(f"{text!r} is not a size, such as 25%, 2MB or a number of bytes.")
-    return value
-
-
 _PATH = click.Path(path_type=Path)
 _SOME_BITS = click.IntRange(BITS.start, BITS.stop - 1)
 
@@ -170,7 +88,7 @@ _SOME_BITS = click.IntRange(BITS.start, BITS.stop - 1)
 @click.option(
     "-b",
     "--bits",
-    type=_bits,
+    type=words.bits,
     metavar="N|auto",
     help="Bits of weights and activations; auto chooses each weight's, for --max-size or --fail-under. "
     "[default: 8; auto with --max-size; with pruning alone they stay float]",
@@ -178,14 +96,14 @@ _SOME_BITS = click.IntRange(BITS.start, BITS.stop - 1)
 @click.option("--weight-bits", type=_SOME_BITS, metavar="N", help="Bits of weights alone.")
 @click.option(
     "--activation-bits",
-    type=_activation_bits,
+    type=words.activation_bits,
     metavar="N|float",
     help="Bits of activations alone; float compresses the weights only.",
 )
 @click.option(
     "--bits-for",
     multiple=True,
-    type=_pattern_bits,
+    type=words.pattern_bits,
     metavar="PATTERN=N",
     help="Bits of the layers whose name or operator matches a glob, such as '*/head/*=8'; repeatable.",
 )
@@ -196,7 +114,7 @@ _SOME_BITS = click.IntRange(BITS.start, BITS.stop - 1)
 )
 @click.option(
     "--channels",
-    type=_share,
+    type=words.share,
     metavar="F",
     default=0.0,
     help="Remove this share of the channels, with all that depends on them; 0.2 is a fifth.",
@@ -227,16 +145,16 @@ _SOME_BITS = click.IntRange(BITS.start, BITS.stop - 1)
 )
 @click.option(
     "--sparsity",
-    type=_number,
+    type=words.number,
     metavar="F",
     default=0.0,
     help="Share of all weights that become 0, spent where it costs least.",
 )
-@click.option("--nm", type=_n_of_m, metavar="N:M", help="Prune to N of every M input channels, such as 2:4.")
+@click.option("--nm", type=words.n_of_m, metavar="N:M", help="Prune to N of every M input channels, such as 2:4.")
 @click.option(
     "--sparsity-for",
     multiple=True,
-    type=_pattern_share,
+    type=words.pattern_share,
     metavar="PATTERN=F",
     help="Share of the layers whose name or operator matches a glob; repeatable.",
 )
@@ -250,17 +168,19 @@ _SOME_BITS = click.IntRange(BITS.start, BITS.stop - 1)
 @click.option(
     "--input-shape",
     multiple=True,
-    type=_name_shape,
+    type=words.name_shape,
     metavar="NAME:DIMS",
     help="Where the model leaves it open, such as x:1,3,224,224; repeatable.",
 )
-@click.option("--input-range", type=_range, metavar="LO,HI", help="Values of the darkest and brightest pixel.")
-@click.option("--input-mean", type=_numbers, metavar="NUMBERS", help="Per channel, of pixels on the 0..255 scale.")
-@click.option("--input-std", type=_numbers, metavar="NUMBERS", help="Per channel, of pixels on the 0..255 scale.")
-@click.option("--fail-under", type=_number, metavar="DB", help="Exit 3 where an output's SQNR is below; still written.")
+@click.option("--input-range", type=words.low_high, metavar="LO,HI", help="Values of the darkest and brightest pixel.")
+@click.option("--input-mean", type=words.numbers, metavar="NUMBERS", help="Per channel, of pixels on the 0..255 scale.")
+@click.option("--input-std", type=words.numbers, metavar="NUMBERS", help="Per channel, of pixels on the 0..255 scale.")
+@click.option(
+    "--fail-under", type=words.number, metavar="DB", help="Exit 3 where an output's SQNR is below; still written."
+)
 @click.option(
     "--max-size",
-    type=_size,
+    type=words.size,
     metavar="SIZE",
     help="Of the file, such as 25% of MODEL's or 2MB. Exit 3 where it is larger; still written.",
 )
