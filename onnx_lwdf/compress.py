@@ -106,10 +106,11 @@ def _compress(
     prepared = prepare(source.model, config, scratch, spared)
     graph, config = prepared.graph, prepared.config
     before = {layer.name: weight_of(graph, layer).size for layer in prepared.layers}
-    floating, chunks = graph.snapshot(), draw_chunks(prepared.inputs, config)
+    whole = graph.snapshot() if config.weight_bits is None else None  # channels may go: a copy before they do
+    chunks = draw_chunks(prepared.inputs, config)
 
     work = _solve(source, prepared, chunks, config, on_layer)
-    reference = floating if config.weight_bits is None else graph.snapshot()
+    reference = graph.snapshot() if whole is None else whole
     solved = work.solved
     if config.recalibrate and config.source in RUN_TWICE:
         known = {} if config.source == "data" else work.statistics  # data are what channels shall have, as they are
