@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
@@ -25,7 +26,7 @@ from onnx_lwdf.errors import ModelError
 from onnx_lwdf.gates import Span
 from onnx_lwdf.gradients import Sensitivities, sensitivities
 from onnx_lwdf.graph import Graph
-from onnx_lwdf.layers import Bits, Layer, find_layers, from_canonical, output_axis, weight_of
+from onnx_lwdf.layers import Bits, Layer, find_layers, from_canonical, output_axis, shape_of
 from onnx_lwdf.layerwise import Solved, solve_layers
 from onnx_lwdf.mapped import Scratch
 from onnx_lwdf.model_io import Source, add_provenance
@@ -105,7 +106,7 @@ def _compress(
 ) -> Compressed:
     prepared = prepare(source.model, config, scratch, spared)
     graph, config = prepared.graph, prepared.config
-    before = {layer.name: weight_of(graph, layer).size for layer in prepared.layers}
+    before = {layer.name: math.prod(shape_of(graph, layer)) for layer in prepared.layers}
     whole = graph.snapshot() if config.weight_bits is None else None  # channels may go: a copy before they do
     chunks = draw_chunks(prepared.inputs, config)
 
