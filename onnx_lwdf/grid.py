@@ -17,7 +17,7 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from onnx_lwdf.solvers.problem import F64, Mask
+from onnx_lwdf.solvers.problem import F64, LayerProblem, Mask, together
 
 COARSE_STEPS, FINE_STEPS = 24, 8
 # The share of the weights' span at which the best grid may end: fewer codes pay to be spent on the bulk.
@@ -84,6 +84,14 @@ def _limit_pairs(exact: F64, codes: F64, grid: WeightGrid, limit: int) -> F64:
     result[..., 0:even:2] = np.where(over, moved, first)
     result[..., 1:even:2] = np.where(over, bound - moved, second)
     return result
+
+
+def weight_grid(problem: LayerProblem, importance: F64) -> WeightGrid:
+    """The grid of least weighted error for a problem, one for all blocks of an output channel; importance [groups, in]."""
+    joined = together(importance[:, None, :], problem.blocks)[:, 0]
+    weight, floor = together(problem.weight, problem.blocks), problem.scale_floor[:: problem.blocks]
+    grid = search_weight_grid(weight, joined, problem.rounded_bits, problem.pair_limit, floor)
+    return WeightGrid(problem.shared(grid.scale), problem.shared(grid.low), grid.bits)
 
 
 def search_weight_grid(weight: F64, importance: F64, bits: int, pair_limit: int | None, scale_floor: F64) -> WeightGrid:

@@ -23,7 +23,7 @@ from onnx_lwdf.layerwise import patch_moments
 from onnx_lwdf.runtime import Array, open_session, run
 from onnx_lwdf.solvers.bias import mean_correction
 from onnx_lwdf.solvers.mask import largest
-from onnx_lwdf.solvers.problem import F64, channel_loss
+from onnx_lwdf.solvers.problem import F64, apart, channel_loss, summed, together
 
 DAMAGE = 0.3  # share of the weights that go
 TINY = float(np.finfo(np.float64).tiny)
@@ -69,14 +69,18 @@ def _open(probe: Graph, layer: Layer) -> list[str]:
 
 def _damage(graph: Graph, layer: Layer, moments: Moments) -> tuple[list[Array], float]:
     """The damaged weight and bias as the model stores them, and the relative error at the layer's output."""
-    weight = weight_of(graph, layer)
+    weight = apart(weight_of(graph, layer), moments.blocks)
     mean, covariance = patch_moments(layer, moments, mean_share=0.0)
     damaged = np.where(largest(np.abs(weight), DAMAGE, None), weight, 0.0)
     error = relative_loss(float(channel_loss(weight, damaged, covariance).sum()), weight, covariance)
-    bias = bias_of(graph, layer) + mean_correction(weight, damaged, mean, mean).ravel()
+    correction = mean_correction(weight, damaged, mean, mean)  # [groups, out]
+    bias = bias_of(graph, layer) + summed(correction, moments.blocks).ravel()
     value = graph.constant(layer.weight)
     assert value is not None, layer.name
-    return [from_canonical(layer, damaged, value.shape).astype(np.float32), bias.astype(np.float32)], error
+    return [
+        from_canonical(layer, together(damaged, moments.blocks), value.shape).astype(np.float32),
+        bias.astype(np.float32),
+    ], error
 
 
 def relative_loss(loss: float, weight: F64, covariance: F64) -> float:

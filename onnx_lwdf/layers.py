@@ -21,6 +21,8 @@ import onnx
 from onnx_lwdf.graph import Graph, attribute, node_name, subgraphs
 from onnx_lwdf.runtime import Array
 
+MOST_INPUTS = 8192  # of a layer whose inputs are one block: H takes half a gigabyte
+LARGEST_BLOCK, MULTIPLE = 2048, 64  # inputs of a block; a multiple of the M of N:M, and of pairs
 BLOCK_VALUES = 2**18  # of a weight at a time, where weights are too large for memory: 2 MiB stay in a processor's cache
 
 WEIGHTED = ("Conv", "ConvTranspose", "Gemm", "MatMul")
@@ -168,15 +170,25 @@ def shape_of(graph: Graph, layer: Layer) -> tuple[int, int, int]:
 
 
 def blocks(graph: Graph, layer: Layer) -> list[slice]:
-    """The output channels of each group, all at once; few at a time where the model is too large for memory.
+    """The output channels of each group, all at once; few at a time where the model, or the layer, is too large for memory.
 
-    As many as there are inputs at least: what a solver does once for all of them then takes no more than its other work.
+    As many as a block has inputs at least: what a solver does once for all of them then takes no more than its other work.
     """
     groups, out, inputs = shape_of(graph, layer)
-    if graph.scratch is None:
+    parts = input_blocks(graph, layer)
+    if graph.scratch is None and parts == 1:
         return [ALL]
-    rows = max(inputs, BLOCK_VALUES // (groups * inputs))
+    rows = max(inputs // parts, BLOCK_VALUES // (groups * inputs))
     return [slice(start, start + rows) for start in range(0, out, rows)]
+
+
+def input_blocks(graph: Graph, layer: Layer) -> int:
+    """In how many blocks the inputs are split where their moments are taken: 1, but for pointwise layers with a great many."""
+    groups, _, inputs = shape_of(graph, layer)
+    if groups > 1 or layer.kernel_size > 1 or inputs <= MOST_INPUTS:
+        return 1
+    widths = [width for width in range(MULTIPLE, LARGEST_BLOCK + 1, MULTIPLE) if inputs % width == 0]
+    return inputs // max(widths, default=inputs)
 
 
 def _canonical(graph: Graph, layer: Layer) -> Array:

@@ -11,6 +11,7 @@ V the stored weight and q the grid of the input.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
@@ -26,7 +27,7 @@ from onnx_lwdf.ranges import ActivationGrid
 from onnx_lwdf.runtime import trim
 from onnx_lwdf.solvers import SOLVERS
 from onnx_lwdf.solvers.bias import mean_correction
-from onnx_lwdf.solvers.problem import LayerProblem, LayerSolution, Rounding, float_solution
+from onnx_lwdf.solvers.problem import LayerProblem, LayerSolution, Rounding, apart, float_solution, summed, together
 from onnx_lwdf.workers import workers
 
 F64 = np.ndarray[tuple[int, ...], np.dtype[np.float64]]
@@ -79,20 +80,23 @@ def solve_layers(
 ) -> Iterator[Solved]:
     """Every layer's answer, in order. Layers run in parallel, each on one thread: the bytes do not depend on the jobs."""
 
-    def answer(layer: Layer) -> Solved:  # posed and solved in one go: what a problem holds lives no longer than it must
-        asked = pruning[layer.name]
-        parts = []
-        for rows in [ALL] if asked.asked else blocks(graph, layer):  # which weights go is chosen among all
-            task = pose(graph, layer, plan[layer.name], asked, grids, samples, config, rows)
-            parts.append(_settle(task, _solve(task)))
-        return _joined(graph, parts)
+    def answer(
+        layer: Layer, rows: slice
+    ) -> Solved:  # posed and solved in one go: a problem lives no longer than it must
+        task = pose(graph, layer, plan[layer.name], pruning[layer.name], grids, samples, config, rows)
+        return _settle(task, _solve(task))
 
+    # which weights go is chosen among all of a layer
+    parts = {layer.name: [ALL] if pruning[layer.name].asked else blocks(graph, layer) for layer in layers}
     with workers(config.jobs) as pool:
         try:
-            for answered in pool.map(answer, layers):
+            answers = pool.map(
+                answer, *zip(*((layer, rows) for layer in layers for rows in parts[layer.name]), strict=True)
+            )
+            for layer in layers:
+                yield _joined(graph, list(itertools.islice(answers, len(parts[layer.name]))))
                 if graph.scratch is not None:  # what the C library keeps of every layer adds up to twice what one needs
                     trim()
-                yield answered
         except BaseException:
             pool.shutdown(wait=False, cancel_futures=True)
             raise
@@ -108,8 +112,8 @@ class Task:
     grid: ActivationGrid | None
     problem: LayerProblem
     bias: F64  # [groups * out]
-    mean: F64  # [groups, in], of the float input
-    stored_mean: F64  # [groups, in], of the quantized input
+    mean: F64  # [groups * blocks, in / blocks], of the float input
+    stored_mean: F64  # the same of the quantized input
 
 
 def pose(
@@ -125,17 +129,18 @@ def pose(
     """The layer's problem at these bits, or the part of it that is of these output channels of each group."""
     weight, bias = weight_of(graph, layer, rows), bias_of(graph, layer).reshape(layer.groups, -1)[:, rows].ravel()
     grid = grids[layer.input] if bits.activation is not None else None
-    kernel = layer.kernel_size
-    mean, hessian = patch_moments(layer, samples.moments[layer.name], 0.0 if pruning.asked else MEAN_SHARE)
+    kernel, moments = layer.kernel_size, samples.moments[layer.name]
+    mean, hessian = patch_moments(layer, moments, 0.0 if pruning.asked else MEAN_SHARE)
     problem = LayerProblem(
-        weight=weight,
+        weight=apart(weight, moments.blocks),
         hessian=hessian,
         bits=bits.weight,
-        scale_floor=_scale_floor(weight, bias, grid),
+        scale_floor=np.repeat(_scale_floor(weight, bias, grid), moments.blocks, axis=0),
         kernel=kernel,
         pair_limit=_pair_limit(weight, kernel, bits.weight, grid, config),
         sparsity=pruning.sparsity,
         nm=pruning.nm,
+        blocks=moments.blocks,
     )
     stored_mean = mean if grid is None else mean + _mean_shift(grid, samples.values[layer.input], mean.shape, kernel)
     return Task(layer, bits, method_of(config, bits, pruning.asked), grid, problem, bias, mean, stored_mean)
@@ -184,7 +189,7 @@ def _solve(task: Task) -> LayerSolution:
 
 
 def patch_moments(layer: Layer, moments: Moments, mean_share: float) -> tuple[F64, F64]:
-    """Mean [groups, in] and second moments [groups, in, in] of what a canonical weight's rows meet.
+    """Mean [groups, in] and second moments [groups, in, in] of what a canonical weight's rows meet; blocks are groups.
 
     Around the mean, but for this share of its square: the bias takes up the mean error. Without what chance made of the
     correlations: a solver would spend its freedom on them.
@@ -200,10 +205,19 @@ def patch_moments(layer: Layer, moments: Moments, mean_share: float) -> tuple[F6
 
 
 def _settle(task: Task, solution: LayerSolution) -> Solved:
-    correction = mean_correction(task.problem.weight, solution.weight, task.mean, task.mean)  # [groups, out]
-    drift = -mean_correction(solution.weight, solution.weight, task.mean, task.stored_mean)
+    problem, stored = task.problem, solution.weight
+    correction = summed(mean_correction(problem.weight, stored, task.mean, task.mean), problem.blocks)  # [groups, out]
+    drift = summed(-mean_correction(stored, stored, task.mean, task.stored_mean), problem.blocks)
     bias = task.bias + correction.ravel()
-    return Solved(task.layer, task.bits, task.method, solution, bias, drift.ravel(), task.grid)
+    return Solved(task.layer, task.bits, task.method, _whole(solution, problem.blocks), bias, drift.ravel(), task.grid)
+
+
+def _whole(solution: LayerSolution, blocks: int) -> LayerSolution:
+    """The answer with the blocks of each group's inputs joined."""
+    values, rounding = solution.values, solution.rounding
+    if rounding is not None:
+        rounding = Rounding(together(rounding.codes, blocks), rounding.scale[::blocks])
+    return replace(solution, values=None if values is None else together(values, blocks), rounding=rounding)
 
 
 def _mean_shift(grid: ActivationGrid, values: np.ndarray, shape: tuple[int, ...], kernel: int) -> F64:

@@ -20,11 +20,11 @@ from onnx_lwdf.config import Config
 from onnx_lwdf.errors import ModelError
 from onnx_lwdf.graph import Graph
 from onnx_lwdf.influence import influences, relative_loss
-from onnx_lwdf.layers import Bits, Layer, Pruning, Skipped, is_depthwise, matches, shape_of, weight_of
+from onnx_lwdf.layers import Bits, Layer, Pruning, Skipped, input_blocks, is_depthwise, matches, shape_of, weight_of
 from onnx_lwdf.layerwise import method_of, patch_moments
 from onnx_lwdf.plan import check_patterns, first_and_last
 from onnx_lwdf.solvers import SOLVERS, Losses
-from onnx_lwdf.solvers.problem import F64, LayerProblem
+from onnx_lwdf.solvers.problem import F64, LayerProblem, apart
 from onnx_lwdf.workers import workers
 
 SPARED = 0.1  # of the weights that N:M could prune: the narrow layers at the front hold few and cost most
@@ -58,7 +58,8 @@ def _planned(graph: Graph, layer: Layer, first: bool, config: Config) -> Pruning
     if first:
         return Pruning(note="dense: the first layer")
     channels = shape_of(graph, layer)[2] // layer.kernel_size
-    if config.nm is not None and channels % config.nm[1]:
+    blocks = input_blocks(graph, layer)
+    if config.nm is not None and channels % (blocks * config.nm[1]):
         return Pruning(note=f"dense: {channels} input channels, not a multiple of {config.nm[1]}")
     return Pruning(config.sparsity, config.nm, shared=config.nm is None)
 
@@ -123,7 +124,9 @@ def _spare(
 def _sampled(layer: Layer, weight: F64, moments: Moments, nm: tuple[int, int] | None = None) -> LayerProblem:
     """The layer's problem in float, on some of its output channels."""
     _, covariance = patch_moments(layer, moments, mean_share=0.0)
-    whole = LayerProblem(weight, covariance, None, np.zeros(weight.shape[:2]), layer.kernel_size, nm=nm)
+    weight = apart(weight, moments.blocks)
+    floor = np.zeros(weight.shape[:2])
+    whole = LayerProblem(weight, covariance, None, floor, layer.kernel_size, nm=nm, blocks=moments.blocks)
     return whole.thinned(MOST_ROWS)
 
 

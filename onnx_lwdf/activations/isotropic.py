@@ -14,7 +14,7 @@ import numpy as np
 from onnx_lwdf.activations.moments import Moments
 from onnx_lwdf.activations.taps import Samples
 from onnx_lwdf.graph import Graph
-from onnx_lwdf.layers import Layer, shape_of
+from onnx_lwdf.layers import Layer, input_blocks, shape_of
 
 
 def isotropic(graph: Graph, layers: Sequence[Layer]) -> Samples:
@@ -26,5 +26,7 @@ def _moments(graph: Graph, layer: Layer) -> Moments:
     groups, _, width = shape_of(graph, layer)
     if layer.op == "ConvTranspose":  # whose patches are single positions
         width //= layer.kernel_size
+    blocks = input_blocks(graph, layer)
+    groups, width = groups * blocks, width // blocks
     identity = np.broadcast_to(np.eye(width), (groups, width, width))
-    return Moments(np.zeros((groups, width)), identity, np.zeros(groups))
+    return Moments(np.zeros((groups, width)), identity, np.zeros(groups), blocks)

@@ -1,4 +1,9 @@
-"""First and second moments of what a layer's weight rows meet, and how much of their correlations is chance."""
+"""First and second moments of what a layer's weight rows meet, and how much of their correlations is chance.
+
+A fully connected layer behind a Flatten reads tens of thousands of inputs, of which a sample is a single draw: most of their
+correlations are chance, and all of them would take gigabytes. Its inputs are split into blocks of neighbours, between which
+nothing is said to be correlated. To whatever uses the moments, a block is a group; blocks share the output channels.
+"""
 
 from __future__ import annotations
 
@@ -18,14 +23,15 @@ ROUNDING = 1e-5  # of float32 sums over a few thousand positions
 
 @dataclass(frozen=True, slots=True)
 class Moments:
-    """First and second moments of a layer's input."""
+    """First and second moments of a layer's input; `groups` are groups times blocks."""
 
     mean: F64  # [groups, in]
     hessian: F64  # [groups, in, in], E[x x^T]
     doubt: F64  # [groups], how much of the correlations is chance: their variance between chunks over their square
+    blocks: int = 1  # so many groups in a row are blocks of the inputs of one
 
     def of(self, groups: npt.NDArray[np.bool_] | Indices) -> Moments:
-        """Of these groups: a mask, or their places."""
+        """Of these groups: a mask, or their places. (Layers of several groups have no blocks.)"""
         return Moments(self.mean[groups], self.hessian[groups], self.doubt[groups])
 
     @property

@@ -29,7 +29,7 @@ def synthesize(
     """Samples of the inputs of layers and of the values of tensors, from the configured source."""
     rng = np.random.default_rng([config.seed, 1])
     source = SOURCES[config.source]
-    return sample(graph.model, layers, tensors, chunks, rng, statistics, source, graph.keep)
+    return sample(graph.model, layers, tensors, chunks, rng, statistics, source, graph.keep, whole=config.channels > 0)
 
 
 def draw_chunks(inputs: Sequence[InputSpec], config: Config) -> list[Feed]:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import numpy.typing as npt
@@ -19,7 +19,7 @@ import onnxruntime as ort
 from onnx_lwdf.activations.moments import Moments, Sums
 from onnx_lwdf.errors import ModelError
 from onnx_lwdf.graph import Graph
-from onnx_lwdf.layers import Layer, Window, input_channels
+from onnx_lwdf.layers import Layer, Window, input_blocks, input_channels
 from onnx_lwdf.runtime import Array, copy_of, open_session, run, trim
 from onnx_lwdf.statistics import F64, ChannelStatistics, Statistics
 
@@ -62,10 +62,12 @@ def sample(
     statistics: Statistics,
     align: Align | None,
     keep: Callable[[Array], Array] = lambda array: array,
+    whole: bool = False,
 ) -> Samples:
     """Run the chunks of input samples through the model and gather the patches of layers and the values of tensors.
 
     `align` replaces every tensor that has statistics before the taps are laid: a source's way of making activations.
+    whole: no layer's inputs are split into blocks.
     `keep` answers the same array in a file where the samples of all layers are too large for memory.
     """
     tensors = list(dict.fromkeys(tensors))
@@ -85,7 +87,8 @@ def sample(
     }
     rows = {layer.input for layer in layers if layer.window is None}
     values = {name: _value_tap(graph, aligned.get(name, name), shapes[name], name in rows, total) for name in tensors}
-    samples = _run(graph, taps, values, chunks, rng, keep)
+    blocks = {layer.name: 1 if whole else input_blocks(graph, layer) for layer in layers}
+    samples = _run(graph, taps, blocks, values, chunks, rng, keep)
     trim()
     return samples
 
@@ -119,6 +122,7 @@ def tensor_shapes(model: onnx.ModelProto, tensors: Iterable[str], feed: Feed) ->
 def _run(
     graph: Graph,
     layers: Mapping[str, _Tap],
+    blocks: Mapping[str, int],
     tensors: Mapping[str, _Tap],
     chunks: Sequence[Feed],
     rng: np.random.Generator,
@@ -136,6 +140,7 @@ def _run(
         answers = dict(zip(outputs, run(session, feeds, outputs), strict=True))
         for name, tap in layers.items():
             x = tap.decode(answers.pop(tap.output))  # [groups, in, positions]
+            x = x.reshape(len(x) * blocks[name], -1, x.shape[2])
             mean, power = _moments(name, x)
             if name in sums:
                 sums[name].add(mean, power)
@@ -143,7 +148,7 @@ def _run(
                 sums[name] = Sums(mean, keep(power))
         for name, tap in tensors.items():
             values[name].append(tap.decode(answers.pop(tap.output))[0])
-    moments = {name: found.moments() for name, found in sums.items()}
+    moments = {name: replace(found.moments(), blocks=blocks[name]) for name, found in sums.items()}
     return Samples(moments, {name: keep(np.concatenate(values.pop(name), axis=-1)) for name in tensors})
 
 

@@ -76,7 +76,11 @@ def copy_channels(
     feed: Feed,
 ) -> Copied:
     """Copy the channels for which that pays. `feed`: one that the model runs on."""
-    paths = find_paths(graph, groups, grids)
+    paths = [
+        path
+        for path in find_paths(graph, groups, grids)
+        if all(samples.moments[layer.name].blocks == 1 for layer in path.readers)
+    ]
     noise = {name: _noise(samples, grids[name], gradients[name], name) for name in grids if name in gradients}
     made = [_made(graph, path) for path in paths]
     paths = [path for path, names in zip(paths, made, strict=True) if all(name in noise for name in names)]

@@ -52,7 +52,8 @@ def transform_groups(
             continue
         tried = [diagonal(np.ones(group.channels)), *others]
         importance = {
-            layer.name: conditional_variances(samples.moments[layer.name].hessian) for layer in group.producers
+            layer.name: conditional_variances(samples.moments[layer.name].hessian).reshape(layer.groups, -1)
+            for layer in group.producers
         }
         errors = [predicted_error(graph, group, plan, samples, answers, gated.spans, importance, one) for one in tried]
         best = int(np.argmin(errors))

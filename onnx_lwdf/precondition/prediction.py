@@ -19,7 +19,7 @@ from onnx_lwdf.gates import Span
 from onnx_lwdf.gradients import strengths
 from onnx_lwdf.graph import Graph
 from onnx_lwdf.grid import nearest, search_weight_grid
-from onnx_lwdf.layers import Bits, weight_of
+from onnx_lwdf.layers import ALL, Bits, Layer, shape_of, weight_of
 from onnx_lwdf.precondition.channels import ChannelGroup
 from onnx_lwdf.precondition.readers import Answers
 from onnx_lwdf.precondition.transform import Transform
@@ -54,11 +54,15 @@ def predicted_error(
     for layer in group.consumers:
         part = transform.of(group.place(layer.input))
         inputs = conditional_variances(part.moments(samples.moments[layer.name], layer.input).hessian)
-        error = _rounding(part.reader(weight_of(graph, layer)), inputs, plan[layer.name].weight)
+        some, out = _some(graph, layer)
+        rows = part.reader(weight_of(graph, layer, some))
+        error = _rounding(rows, out, inputs.reshape(layer.groups, -1), plan[layer.name].weight)
         total += float(error.ravel() @ answers.readers[layer.name])
     for layer in group.producers:
         part = transform.of(group.place(layer.output))
-        error = _rounding(part.writer(weight_of(graph, layer)), importance[layer.name], plan[layer.name].weight)
+        some, out = _some(graph, layer)
+        rows = part.writer(weight_of(graph, layer, ALL if part.matrix.ndim > 1 else some), some)
+        error = _rounding(rows, out, importance[layer.name], plan[layer.name].weight)
         total += float(error.ravel() @ strengths(part.gradient(answers.writers[layer.name])))
     return total
 
@@ -71,16 +75,18 @@ def _grid(values: F64, energy: F64, bits: int, span: Span | None, transform: Tra
     return grid_for(float((factor * span.low).min()), float((factor * span.high).max()), bits)
 
 
-def _rounding(weight: F64, importance: F64, bits: int | None) -> F64:
+def _some(graph: Graph, layer: Layer) -> tuple[slice, int]:
+    """Output channels of each group that stand for all, and how many there are."""
+    out = shape_of(graph, layer)[1]
+    return slice(None, None, max(1, -(-out // MOST_ROWS))), out
+
+
+def _rounding(rows: F64, out: int, importance: F64, bits: int | None) -> F64:
     """Predicted loss of every output channel, [groups, out], by second-order rounding; at 8 bits where it stays float.
 
-    importance [groups, in]: the conditional variances of what the weight reads.
-
-    Rows are sampled where there are many, and their mean stands for the others.
+    rows [groups, some of out, in] of the weight, whose mean stands for the others; importance [groups, in]: the conditional
+    variances of what the weight reads.
     """
-    rows = weight[:, :: max(1, -(-weight.shape[1] // MOST_ROWS))]
     grid = search_weight_grid(rows, importance, bits or 8, None, np.zeros(rows.shape[:2]))
     error = np.einsum("goi,gi->go", (nearest(rows, grid) * grid.scale[..., None] - rows) ** 2, importance)
-    if rows.shape[1] == weight.shape[1]:
-        return error
-    return np.broadcast_to(error.mean(1, keepdims=True), weight.shape[:2])
+    return error if rows.shape[1] == out else np.broadcast_to(error.mean(1, keepdims=True), (len(rows), out))

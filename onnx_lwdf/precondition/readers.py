@@ -20,6 +20,7 @@ from onnx_lwdf.layers import Bits, Layer, output_channels, weight_of
 from onnx_lwdf.precondition.channels import ChannelGroup, excited
 from onnx_lwdf.ranges import F64
 from onnx_lwdf.sites import JOIN_BITS
+from onnx_lwdf.solvers.problem import apart
 from onnx_lwdf.statistics import Statistics
 
 TINY = float(np.finfo(np.float64).tiny)
@@ -167,6 +168,7 @@ def by_channel(weight: F64, channels: int) -> F64:
 
 def output_power(graph: Graph, layer: Layer, samples: Samples) -> float:
     """E |W x|^2 of the layer around its mean, to weigh layers against each other."""
-    moments, weight = samples.moments[layer.name], weight_of(graph, layer)
+    moments = samples.moments[layer.name]
+    weight = apart(weight_of(graph, layer), moments.blocks)
     centered = moments.hessian - moments.mean[:, :, None] * moments.mean[:, None, :]
     return float(max(np.einsum("goi,goi->", weight @ centered, weight), TINY))

@@ -17,7 +17,7 @@ from onnx_lwdf.activations.moments import Moments
 from onnx_lwdf.activations.taps import Samples
 from onnx_lwdf.gates import scale_input, scale_output
 from onnx_lwdf.graph import Graph
-from onnx_lwdf.layers import bias_of, set_bias, set_weight, weight_of
+from onnx_lwdf.layers import ALL, bias_of, set_bias, set_weight, weight_of
 from onnx_lwdf.precondition.channels import ChannelGroup, Place
 from onnx_lwdf.precondition.norms import change_norm_input, change_norm_output
 from onnx_lwdf.solvers.problem import F64
@@ -61,11 +61,11 @@ class Transform:
             return (split * self.inverse.reshape(groups, 1, 1, -1)).reshape(weight.shape)
         return (split @ self.inverse).reshape(weight.shape)
 
-    def writer(self, weight: F64) -> F64:
-        """[groups, out, in] -> A W."""
+    def writer(self, weight: F64, rows: slice = ALL) -> F64:
+        """[groups, out, in] -> these rows of A W. Where channels are not mixed, the same rows of W are enough."""
         if self.matrix.ndim == 1:
-            return weight * self.matrix.reshape(len(weight), -1, 1)
-        return (self.matrix @ weight[0])[None]
+            return weight * self.matrix.reshape(len(weight), -1, 1)[:, rows]
+        return (self.matrix[rows] @ weight[0])[None]
 
     def moments(self, moments: Moments, tensor: str) -> Moments:
         """Those of a tensor's patches."""
@@ -84,7 +84,9 @@ class Transform:
             mean = mean - shift
         if self.matrix.ndim == 1:
             factor = of_patches(self.matrix)
-            return Moments(mean * factor, hessian * factor[:, :, None] * factor[:, None, :], moments.doubt)
+            return Moments(
+                mean * factor, hessian * factor[:, :, None] * factor[:, None, :], moments.doubt, moments.blocks
+            )
         full = np.kron(np.eye(kernel), self.matrix)
         return Moments((full @ mean[0])[None], full @ hessian @ full.T, moments.doubt)
 

@@ -92,9 +92,12 @@ def _within_pair(problem: LayerProblem, codes: F64, column: int, new: F64) -> F6
 def _fitted(problem: LayerProblem, codes: F64, scale: F64) -> F64:
     """The scale of least loss for these codes, per output channel, where it is better."""
     product = codes @ problem.hessian  # [groups, out, in]
-    numerator = np.einsum("goi,goi->go", product, problem.weight)
-    denominator = np.einsum("goi,goi->go", product, codes)
+    numerator = problem.over_blocks(np.einsum("goi,goi->go", product, problem.weight))
+    denominator = problem.over_blocks(np.einsum("goi,goi->go", product, codes))
     usable: npt.NDArray[np.bool_] = (denominator > 0) & (numerator > 0)
     fitted = storable(np.where(usable, numerator / np.where(usable, denominator, 1), scale), problem.scale_floor)
-    losses = [channel_loss(problem.weight, s[..., None] * codes, problem.hessian) for s in (fitted, scale)]
+    losses = [
+        problem.over_blocks(channel_loss(problem.weight, s[..., None] * codes, problem.hessian))
+        for s in (fitted, scale)
+    ]
     return np.where(losses[0] < losses[1], fitted, scale)

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from onnx_lwdf.grid import WeightGrid, nearest, search_weight_grid
+from onnx_lwdf.grid import WeightGrid, nearest, weight_grid
 from onnx_lwdf.solvers.problem import F64, LayerProblem, LayerSolution, Mask, channel_loss, solution
 
 DAMPING = 0.01  # of the mean of H's diagonal, as in GPTQ
@@ -41,7 +41,7 @@ def solve(problem: LayerProblem) -> LayerSolution:
 def start(problem: LayerProblem, mask: Mask | None = None) -> tuple[F64, WeightGrid, tuple[str, ...]]:
     """Codes [groups, out, in], their grid and notes of `solve`; codes outside the mask are 0."""
     importance = np.diagonal(problem.hessian, axis1=1, axis2=2)  # [groups, in]
-    grid = search_weight_grid(problem.weight, importance, problem.rounded_bits, problem.pair_limit, problem.scale_floor)
+    grid = weight_grid(problem, importance)
     plain = nearest(problem.weight, grid, problem.pair_limit)
     codes, note = round_columns(problem, grid, mask)
     if codes is None:

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import numpy as np
 
-from onnx_lwdf.grid import nearest, search_weight_grid
+from onnx_lwdf.grid import nearest, weight_grid
 from onnx_lwdf.solvers.mask import largest
 from onnx_lwdf.solvers.problem import F64, LayerProblem, LayerSolution, channel_loss, float_solution, solution
 
@@ -18,7 +19,7 @@ def solve(problem: LayerProblem) -> LayerSolution:
     if problem.bits is None:
         return float_solution(problem, weight)
     importance = np.diagonal(problem.hessian, axis1=1, axis2=2)
-    grid = search_weight_grid(weight, importance, problem.bits, problem.pair_limit, problem.scale_floor)
+    grid = weight_grid(replace(problem, weight=weight), importance)
     return solution(problem, nearest(weight, grid, problem.pair_limit), grid.scale)
 
 

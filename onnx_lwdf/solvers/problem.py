@@ -6,12 +6,14 @@ A layer computes y = W x + b for every group. Its problem is to find the stored 
 
 over the grid V = scale * codes, one scale per output channel, or over the V with enough zeros, or both.
 Shapes: `groups` is always the leading axis, `in` is ordered (kernel position, channel), the order in which
-onnxruntime's integer kernels flatten a filter.
+onnxruntime's integer kernels flatten a filter. Where a layer has so many inputs that H is kept by blocks of them, these are
+groups, too, and their output channels have one scale.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -33,12 +35,23 @@ class LayerProblem:
     pair_limit: int | None = None  # bound on |codes[2k] + codes[2k + 1]| along `in`, None where nothing saturates
     sparsity: float = 0.0  # share of the layer's weights that become 0
     nm: tuple[int, int] | None = None  # N of every M consecutive inputs stay, in place of `sparsity`
+    blocks: int = (
+        1  # so many groups in a row read parts of the same inputs, and share the scales of their output channels
+    )
 
     @property
     def rounded_bits(self) -> int:
         """The bits, for a solver that rounds."""
         assert self.bits is not None
         return self.bits
+
+    def shared(self, values: F64) -> F64:
+        """[groups / blocks, out] -> [groups, out]: what blocks have in common, for each of them."""
+        return np.repeat(values, self.blocks, axis=0)
+
+    def over_blocks(self, values: F64) -> F64:
+        """[groups, out]: the sum over the blocks that share the output channel, for each of them."""
+        return self.shared(summed(values, self.blocks))
 
     @property
     def prunes(self) -> bool:
@@ -84,6 +97,29 @@ class LayerSolution:
         """The share of the weights that are 0."""
         stored = self.weight if self.rounding is None else self.rounding.codes
         return float(np.mean(stored == 0))
+
+
+def apart(weight: F64, blocks: int) -> F64:
+    """The weight [groups, out, in] with blocks of its inputs as groups, [groups * blocks, out, in / blocks]."""
+    if blocks == 1:
+        return weight
+    groups, out, inputs = weight.shape
+    return np.ascontiguousarray(weight.reshape(groups, out, blocks, -1).swapaxes(1, 2)).reshape(
+        groups * blocks, out, inputs // blocks
+    )
+
+
+def together(weight: npt.NDArray[np.generic], blocks: int) -> npt.NDArray[Any]:
+    """The inverse of `apart`."""
+    if blocks == 1:
+        return weight
+    groups, out, width = weight.shape
+    return weight.reshape(groups // blocks, blocks, out, width).swapaxes(1, 2).reshape(groups // blocks, out, -1)
+
+
+def summed(values: F64, blocks: int) -> F64:
+    """[groups * blocks, out] -> [groups, out]: sums over blocks."""
+    return values if blocks == 1 else values.reshape(-1, blocks, values.shape[1]).sum(1)
 
 
 def channel_loss(weight: F64, stored: F64, hessian: F64) -> F64:

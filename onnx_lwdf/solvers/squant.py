@@ -12,14 +12,14 @@ from __future__ import annotations
 import numpy as np
 import numpy.typing as npt
 
-from onnx_lwdf.grid import WeightGrid, nearest, search_weight_grid
+from onnx_lwdf.grid import WeightGrid, nearest, weight_grid
 from onnx_lwdf.solvers.problem import F64, LayerProblem, LayerSolution, solution
 
 
 def solve(problem: LayerProblem) -> LayerSolution:
     """Nearest rounding, then flips by kernel (where it has more than one position) and by output channel."""
     flat = np.ones((problem.weight.shape[0], problem.weight.shape[2]))  # no data: every input counts the same
-    grid = search_weight_grid(problem.weight, flat, problem.rounded_bits, problem.pair_limit, problem.scale_floor)
+    grid = weight_grid(problem, flat)
     exact = problem.weight / grid.scale[..., None]
     codes = nearest(problem.weight, grid, problem.pair_limit)
     by_kernel = (*exact.shape[:2], problem.kernel, -1)  # [groups, out, kernel, channels]

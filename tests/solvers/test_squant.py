@@ -27,7 +27,7 @@ def in_codes(exact: np.ndarray, kernel: int, bits: int = 8, limit: int | None = 
 
 def solved(problem: LayerProblem) -> np.ndarray:
     grid = symmetric(np.ones(problem.weight.shape[:2]), problem.rounded_bits)
-    with patch.object(squant, "search_weight_grid", lambda *_: grid):
+    with patch.object(squant, "weight_grid", lambda *_: grid):
         return squant.solve(problem).rounding.codes.astype(np.float64)
 
 
