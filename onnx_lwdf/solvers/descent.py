@@ -72,7 +72,8 @@ def _block(problem: LayerProblem, codes: F64, grid: WeightGrid, mask: Mask | Non
         if move.any():
             changed = True
             codes[:, :, column] = new
-            gradient -= (move * scale)[:, :, None] * inner[:, None, j, :]
+            group, row = np.nonzero(move)  # few, after the first sweep; columns before this one have been visited
+            gradient[group, row, j + 1 :] -= (move * scale)[group, row, None] * inner[group, j, j + 1 :]
     return changed
 
 
