@@ -77,10 +77,8 @@ def _damage(graph: Graph, layer: Layer, moments: Moments) -> tuple[list[Array], 
     bias = bias_of(graph, layer) + summed(correction, moments.blocks).ravel()
     value = graph.constant(layer.weight)
     assert value is not None, layer.name
-    return [
-        from_canonical(layer, together(damaged, moments.blocks), value.shape).astype(np.float32),
-        bias.astype(np.float32),
-    ], error
+    stored = from_canonical(layer, together(damaged, moments.blocks), value.shape)
+    return [stored.astype(np.float32), bias.astype(np.float32)], error
 
 
 def relative_loss(loss: float, weight: F64, covariance: F64) -> float:

@@ -80,19 +80,17 @@ def solve_layers(
 ) -> Iterator[Solved]:
     """Every layer's answer, in order. Layers run in parallel, each on one thread: the bytes do not depend on the jobs."""
 
-    def answer(
-        layer: Layer, rows: slice
-    ) -> Solved:  # posed and solved in one go: a problem lives no longer than it must
+    def answer(layer: Layer, rows: slice) -> Solved:
+        # Posed and solved in one go: what a problem holds lives no longer than it must.
         task = pose(graph, layer, plan[layer.name], pruning[layer.name], grids, samples, config, rows)
         return _settle(task, _solve(task))
 
-    # which weights go is chosen among all of a layer
+    # Which weights go is chosen among all of a layer.
     parts = {layer.name: [ALL] if pruning[layer.name].asked else blocks(graph, layer) for layer in layers}
+    pieces = [(layer, rows) for layer in layers for rows in parts[layer.name]]
     with workers(config.jobs) as pool:
         try:
-            answers = pool.map(
-                answer, *zip(*((layer, rows) for layer in layers for rows in parts[layer.name]), strict=True)
-            )
+            answers = pool.map(lambda piece: answer(*piece), pieces)
             for layer in layers:
                 yield _joined(graph, list(itertools.islice(answers, len(parts[layer.name]))))
                 if graph.scratch is not None:  # what the C library keeps of every layer adds up to twice what one needs

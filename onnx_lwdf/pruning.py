@@ -58,9 +58,10 @@ def _planned(graph: Graph, layer: Layer, first: bool, config: Config) -> Pruning
     if first:
         return Pruning(note="dense: the first layer")
     channels = shape_of(graph, layer)[2] // layer.kernel_size
-    blocks = input_blocks(graph, layer)
-    if config.nm is not None and channels % (blocks * config.nm[1]):
-        return Pruning(note=f"dense: {channels} input channels, not a multiple of {config.nm[1]}")
+    width = channels // input_blocks(graph, layer)
+    if config.nm is not None and width % config.nm[1]:
+        part = "" if width == channels else f" in blocks of {width}"
+        return Pruning(note=f"dense: {channels} input channels{part}, not a multiple of {config.nm[1]}")
     return Pruning(config.sparsity, config.nm, shared=config.nm is None)
 
 

@@ -16,7 +16,7 @@ import numpy.typing as npt
 import onnx
 import onnxruntime as ort
 
-from onnx_lwdf.activations.moments import Moments, Sums
+from onnx_lwdf.activations.moments import Indices, Moments, Sums
 from onnx_lwdf.errors import ModelError
 from onnx_lwdf.graph import Graph
 from onnx_lwdf.layers import Layer, Window, input_blocks, input_channels
@@ -24,7 +24,6 @@ from onnx_lwdf.runtime import Array, copy_of, open_session, run, trim
 from onnx_lwdf.statistics import F64, ChannelStatistics, Statistics
 
 F32 = npt.NDArray[np.float32]
-Indices = npt.NDArray[np.int64]
 Feed = Mapping[str, Array]
 Align = Callable[[Graph, str, ChannelStatistics, tuple[int, ...]], str]  # graph, tensor, what it must have, its shape
 

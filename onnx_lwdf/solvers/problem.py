@@ -35,9 +35,7 @@ class LayerProblem:
     pair_limit: int | None = None  # bound on |codes[2k] + codes[2k + 1]| along `in`, None where nothing saturates
     sparsity: float = 0.0  # share of the layer's weights that become 0
     nm: tuple[int, int] | None = None  # N of every M consecutive inputs stay, in place of `sparsity`
-    blocks: int = (
-        1  # so many groups in a row read parts of the same inputs, and share the scales of their output channels
-    )
+    blocks: int = 1  # so many groups in a row read parts of the same inputs, and share their output channels' scales
 
     @property
     def rounded_bits(self) -> int:
