@@ -16,7 +16,7 @@ from onnx_lwdf.compress import Compressed, OnLayer, Progress, compress_model
 from onnx_lwdf.config import Config
 from onnx_lwdf.emit import planned_bytes, sparse_initializer
 from onnx_lwdf.errors import GateError, ModelError, OptionError
-from onnx_lwdf.layers import Layer, Skipped, output_axis
+from onnx_lwdf.layers import Layer, Skipped
 from onnx_lwdf.layerwise import Solved, method_of
 from onnx_lwdf.preparation import Prepared, possible, prepare
 from onnx_lwdf.report import LayerReport, Report
@@ -55,6 +55,7 @@ def compress(
     activations_from: str | Path = "aligned",
     format: str = "auto",
     target: str = "generic",
+    vector_size: int = 16,
     sparsity: float = 0.0,
     nm: tuple[int, int] | None = None,
     sparsity_for: Mapping[str, float] | None = None,
@@ -99,6 +100,7 @@ def compress(
         activations_from=activations_from,
         format=format,
         target=target,
+        vector_size=vector_size,
         sparsity=sparsity,
         nm=nm,
         sparsity_for=sparsity_for or {},
@@ -130,6 +132,7 @@ def configure(
     activations_from: str | Path,
     format: str,
     target: str,
+    vector_size: int,
     sparsity: float,
     nm: tuple[int, int] | None,
     sparsity_for: Mapping[str, float],
@@ -166,6 +169,7 @@ def configure(
         activations_from=str(activations_from),
         format=format,
         target=target,
+        vector_size=vector_size,
         sparsity=sparsity,
         nm=None if nm is None else (nm[0], nm[1]),
         sparsity_for=dict(sparsity_for),
@@ -349,9 +353,7 @@ def _planned(prepared: Prepared, layer: Layer, config: Config, value_bytes: int)
         sparsity=pruning.share,
         sqnr_db=None,
         bytes_before=value_bytes * weight.size,
-        bytes_after=planned_bytes(
-            config.stored_format, config.activations, weight.shape, output_axis(layer), bits.weight
-        ),
+        bytes_after=planned_bytes(config.stored_format, config.activations, layer, weight.shape, bits),
     )
 
 

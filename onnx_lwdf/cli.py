@@ -144,6 +144,14 @@ _SOME_BITS = click.IntRange(BITS.start, BITS.stop - 1)
     help="The processor whose integer kernels run the file.",
 )
 @click.option(
+    "--vector-size",
+    type=int,
+    default=16,
+    show_default=True,
+    help="Below 8 bits so many inputs of a weight share a small integer that their codes are multiplied by; "
+    "0: one scale per output channel alone.",
+)
+@click.option(
     "--sparsity",
     type=words.number,
     metavar="F",

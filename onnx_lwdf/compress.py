@@ -21,12 +21,12 @@ from onnx_lwdf.channels.surgery import Mask
 from onnx_lwdf.config import TARGETS, Config
 from onnx_lwdf.emit import FORMATS, emit
 from onnx_lwdf.emit.rebuilt import rebuilt
-from onnx_lwdf.emit.stored import Rounded, Stored
+from onnx_lwdf.emit.stored import Rounded, Runs, Stored
 from onnx_lwdf.errors import ModelError
 from onnx_lwdf.gates import Span
 from onnx_lwdf.gradients import Sensitivities, sensitivities
 from onnx_lwdf.graph import Graph
-from onnx_lwdf.layers import Bits, Layer, find_layers, from_canonical, output_axis, shape_of
+from onnx_lwdf.layers import Bits, Layer, find_layers, from_canonical, output_axis, run_shape, shape_of
 from onnx_lwdf.layerwise import Solved, solve_layers
 from onnx_lwdf.mapped import Scratch
 from onnx_lwdf.model_io import Source, add_provenance
@@ -269,7 +269,10 @@ def _stored(graph: Graph, answer: Solved) -> Stored:
     else:
         codes = graph.keep(from_canonical(layer, solution.rounding.codes, weight.shape))
         scale = solution.rounding.scale.astype(np.float32).ravel()
-        rounded = Rounded(codes, scale, output_axis(layer), answer.bits.weight)
+        axis, runs, size = output_axis(layer), None, answer.bits.vector_size
+        if (multiplier := solution.rounding.multiplier) is not None:
+            runs = Runs(from_canonical(layer, multiplier, run_shape(layer, weight.shape, size)), 1 - axis, size)
+        rounded = Rounded(codes, scale, axis, answer.bits.weight, runs)
     return Stored(layer, values, rounded, answer.stored_bias, answer.grid)
 
 

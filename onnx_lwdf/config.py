@@ -13,6 +13,7 @@ from onnx_lwdf.errors import OptionError
 from onnx_lwdf.solvers import SOLVERS
 
 BITS = range(2, 9)
+SHORTEST_VECTOR = 4  # shorter ones take more than a bit for each weight
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,6 +47,7 @@ class Config:
     activations_from: str = "aligned"  # a key of SOURCES, or a path
     format: str = "auto"
     target: str = "generic"
+    vector_size: int = 16  # inputs whose codes share a multiplier below 8 bits; 0: one scale per output channel alone
     sparsity: float = 0.0  # share of the weights of all layers that can be pruned, which become 0
     nm: tuple[int, int] | None = None  # N of every M consecutive input channels stay
     sparsity_for: Mapping[str, float] = field(default_factory=dict)  # glob on node name or op type -> share
@@ -86,6 +88,10 @@ class Config:
             )
         self._check_pruning()
         self._check_numbers()
+        if self.vector_size and self.vector_size < SHORTEST_VECTOR:
+            raise OptionError(
+                f"vector-size is {self.vector_size}; it must be at least {SHORTEST_VECTOR}, or 0 for none"
+            )
         if self.samples < 1:
             raise OptionError(f"samples is {self.samples}; it must be at least 1")
         if self.jobs is not None and self.jobs < 1:

@@ -20,6 +20,7 @@ import onnx
 
 from onnx_lwdf.graph import Graph, attribute, node_name, subgraphs
 from onnx_lwdf.runtime import Array
+from onnx_lwdf.vectors import Vectors, vectors
 
 MOST_INPUTS = 8192  # of a layer whose inputs are one block: H takes half a gigabyte
 LARGEST_BLOCK, MULTIPLE = 2048, 64  # inputs of a block; a multiple of the M of N:M, and of pairs
@@ -83,6 +84,8 @@ class Bits:
     weight: int | None
     activation: int | None
     free: bool = False  # the weight may have fewer: how many is to be chosen
+    vector_size: int = 0  # inputs whose codes share a multiplier; 0: codes alone
+    largest: int = 127  # product of a code and its multiplier
 
 
 @dataclass(frozen=True, slots=True)
@@ -249,6 +252,19 @@ def output_channels(graph: Graph, layer: Layer) -> int:
 def input_channels(graph: Graph, layer: Layer) -> int:
     groups, _, inputs = shape_of(graph, layer)
     return groups * inputs // layer.kernel_size
+
+
+def vectors_of(layer: Layer, channels: int, bits: Bits) -> Vectors | None:
+    """The runs of inputs that have multipliers at these bits; `channels` of them for each group."""
+    if layer.op == "ConvTranspose" and layer.groups > 1:  # whose weight has the channels of all groups along one axis
+        return None
+    return vectors(bits.vector_size, channels, layer.kernel_size, bits.weight, bits.largest)
+
+
+def run_shape(layer: Layer, shape: tuple[int, ...], size: int) -> tuple[int, ...]:
+    """The stored weight's with runs of so many inputs in place of inputs."""
+    axis = 1 - output_axis(layer)
+    return (*shape[:axis], -(-shape[axis] // size), *shape[axis + 1 :])
 
 
 def output_axis(layer: Layer) -> int:

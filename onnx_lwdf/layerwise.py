@@ -22,7 +22,7 @@ from onnx_lwdf.activations.taps import Samples
 from onnx_lwdf.config import TARGETS, Config
 from onnx_lwdf.graph import Graph
 from onnx_lwdf.grid import storable
-from onnx_lwdf.layers import ALL, Bits, Layer, Pruning, bias_of, blocks, weight_of
+from onnx_lwdf.layers import ALL, Bits, Layer, Pruning, bias_of, blocks, vectors_of, weight_of
 from onnx_lwdf.ranges import ActivationGrid
 from onnx_lwdf.runtime import trim
 from onnx_lwdf.solvers import SOLVERS
@@ -35,6 +35,7 @@ F64 = np.ndarray[tuple[int, ...], np.dtype[np.float64]]
 AUTO_METHOD, AUTO_PRUNING, AUTO_BLIND = "descent", "obs", "squant"
 # The bias takes up the mean error of rounding. A tenth stays in H: other images have other means, and padding has none.
 MEAN_SHARE = 0.1
+LARGEST_CODE = 127
 PAIR_LIMIT = 128  # 255 * 128 = 32640 < 32767, the sum of two products in vpmaddubsw
 LARGEST_BIAS = 2.0**30  # codes of an int32 bias, with room for rounding
 
@@ -128,6 +129,7 @@ def pose(
     weight, bias = weight_of(graph, layer, rows), bias_of(graph, layer).reshape(layer.groups, -1)[:, rows].ravel()
     grid = grids[layer.input] if bits.activation is not None else None
     kernel, moments = layer.kernel_size, samples.moments[layer.name]
+    bits = _bounded(bits, pruning, grid, moments, config)
     mean, hessian = patch_moments(layer, moments, 0.0 if pruning.asked else MEAN_SHARE)
     problem = LayerProblem(
         weight=apart(weight, moments.blocks),
@@ -138,6 +140,7 @@ def pose(
         pair_limit=_pair_limit(weight, kernel, bits.weight, grid, config),
         sparsity=pruning.sparsity,
         nm=pruning.nm,
+        vectors=vectors_of(layer, weight.shape[-1] // kernel, bits),
         blocks=moments.blocks,
     )
     stored_mean = mean if grid is None else mean + _mean_shift(grid, samples.values[layer.input], mean.shape, kernel)
@@ -165,7 +168,9 @@ def _joined(graph: Graph, parts: Sequence[Solved]) -> Solved:
     else:
         found = [one.rounding for one in solutions if one.rounding is not None]
         codes = graph.keep(np.concatenate([one.codes for one in found], axis=1))
-        rounding = Rounding(codes, np.concatenate([one.scale for one in found], axis=1))
+        scale = np.concatenate([one.scale for one in found], axis=1)
+        multipliers = [one.multiplier for one in found if one.multiplier is not None]
+        rounding = Rounding(codes, scale, np.concatenate(multipliers, axis=1) if multipliers else None)
     notes = tuple(dict.fromkeys(note for one in solutions for note in one.notes))
     return replace(
         first,
@@ -214,7 +219,8 @@ def _whole(solution: LayerSolution, blocks: int) -> LayerSolution:
     """The answer with the blocks of each group's inputs joined."""
     values, rounding = solution.values, solution.rounding
     if rounding is not None:
-        rounding = Rounding(together(rounding.codes, blocks), rounding.scale[::blocks])
+        multiplier = None if rounding.multiplier is None else together(rounding.multiplier, blocks)
+        rounding = Rounding(together(rounding.codes, blocks), rounding.scale[::blocks], multiplier)
     return replace(solution, values=None if values is None else together(values, blocks), rounding=rounding)
 
 
@@ -247,3 +253,20 @@ def _pair_limit(weight: F64, kernel: int, bits: int | None, grid: ActivationGrid
     depthwise = weight.shape[0] > 1 and weight.shape[1:] == (1, kernel)
     saturates = bits == 8 and grid is not None and grid.bits == 8 and not depthwise
     return PAIR_LIMIT if saturates and TARGETS[config.target].pair_safe else None
+
+
+def _bounded(bits: Bits, pruning: Pruning, grid: ActivationGrid | None, moments: Moments, config: Config) -> Bits:
+    """The bits with the multipliers that the layer can have.
+
+    What is pruned has none, blocks of inputs hold whole runs, and the input's grid says how large the products may be.
+    """
+    cut = moments.blocks > 1 and bits.vector_size and moments.mean.shape[-1] % bits.vector_size
+    if pruning.asked or cut:
+        return replace(bits, vector_size=0)
+    return bits if grid is None else replace(bits, largest=largest_code(grid.bits, config))
+
+
+def largest_code(activation_bits: int | None, config: Config) -> int:
+    """That a code times its multiplier may be: two neighbours of it do not saturate."""
+    saturates = activation_bits == 8 and TARGETS[config.target].pair_safe
+    return PAIR_LIMIT // 2 if saturates else LARGEST_CODE

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 
 from onnx_lwdf.config import Config
 from onnx_lwdf.errors import OptionError
 from onnx_lwdf.graph import Graph
 from onnx_lwdf.layers import WEIGHTED, Bits, Layer, Skipped, matches
+from onnx_lwdf.layerwise import largest_code, method_of
+from onnx_lwdf.solvers import SOLVERS
 
 KEPT_BITS = 8
 
@@ -28,8 +31,15 @@ def plan_bits(graph: Graph, layers: Sequence[Layer], skipped: Sequence[Skipped],
         for pattern, bits in config.bits_for.items():
             if matches(pattern, layer.name, layer.op):
                 weight, activation, free = bits, activation and bits, False
-        plan[layer.name] = Bits(weight, activation, free=free)
+        plan[layer.name] = _coded(Bits(weight, activation, free=free), config)
     return plan
+
+
+def _coded(bits: Bits, config: Config) -> Bits:
+    """The bits with multipliers where the method can choose them."""
+    method = SOLVERS.get(method_of(config, bits, pruned=False))
+    size = config.vector_size if method is not None and method.vectors else 0
+    return replace(bits, vector_size=size, largest=largest_code(bits.activation, config))
 
 
 def check_patterns(option: str, patterns: Iterable[str], layers: Sequence[Layer | Skipped]) -> None:

@@ -23,12 +23,12 @@ from onnx_lwdf.emit import file_bytes, weight_bytes
 from onnx_lwdf.graph import Graph
 from onnx_lwdf.influence import influences, relative_loss
 from onnx_lwdf.knapsack import knapsack
-from onnx_lwdf.layers import Bits, Layer, Pruning
+from onnx_lwdf.layers import Bits, Layer, Pruning, vectors_of
 from onnx_lwdf.layerwise import Task, patch_moments, pose
 from onnx_lwdf.ranges import ActivationGrid
 from onnx_lwdf.sites import Site
 from onnx_lwdf.solvers import SOLVERS
-from onnx_lwdf.solvers.problem import channel_loss
+from onnx_lwdf.solvers.problem import LayerProblem, channel_loss
 from onnx_lwdf.workers import workers
 
 MOST_ROWS = 64  # output channels of a layer, for its curve
@@ -66,7 +66,7 @@ class Sizes:
         """Bytes of the file."""
         return self.extra + file_bytes(self.graph, self.form, self.layers, plan, self.sites, self.signed)
 
-    def of_weight(self, layer: Layer, bits: int) -> int:
+    def of_weight(self, layer: Layer, bits: Bits) -> int:
         """Bytes that the layer's codes add to it."""
         return weight_bytes(self.graph, self.form, self.activations, layer, bits)
 
@@ -134,7 +134,10 @@ class _Choices:
         """bits, noises [layers][choices]; floor: the noise that is there in any case; share: of power in dB's terms."""
         self._plan, self._sizes, self._bits, self._noises = plan, sizes, bits, noises
         self._floor, self._share = floor, share
-        self._widths = [[sizes.of_weight(layer, b) for b in row] for layer, row in zip(sizes.layers, bits, strict=True)]
+        self._widths = [
+            [sizes.of_weight(layer, replace(plan[layer.name], weight=width)) for width in row]
+            for layer, row in zip(sizes.layers, bits, strict=True)
+        ]
         self._rest: dict[frozenset[int], int] = {}  # bits that there are -> bytes beside the codes
 
     def plan_of(self, chosen: Sequence[int]) -> Plan:
@@ -205,7 +208,13 @@ def _errors(task: Task, row: Sequence[int], moments: Moments) -> list[float]:
     """
     most = task.problem.thinned(MOST_ROWS)
     covariance = patch_moments(task.layer, moments, mean_share=0.0)[1]
-    problems = [most if bits == most.bits else replace(most, bits=bits, pair_limit=None) for bits in row]
+    channels = most.weight.shape[-1] * most.blocks // task.layer.kernel_size
+
+    def at(bits: int) -> LayerProblem:
+        vectors = vectors_of(task.layer, channels, replace(task.bits, weight=bits))
+        return most if bits == most.bits else replace(most, bits=bits, pair_limit=None, vectors=vectors)
+
+    problems = map(at, row)
     solve = SOLVERS[NEARLY.get(task.method, task.method)].solve
     stored = (solve(problem).weight for problem in problems)
     losses = (float(channel_loss(most.weight, weight, covariance).sum()) for weight in stored)

@@ -93,7 +93,7 @@ def test_bits_that_were_given_are_only_gated():
 
 
 def test_layers_with_bits_of_their_own_keep_them():
-    result = onnx_lwdf.compress(SOURCE, max_size=0.24, bits_for={"/fc/Gemm": 7, "*features.12*": 6}, **QUICK)
+    result = onnx_lwdf.compress(SOURCE, max_size=0.26, bits_for={"/fc/Gemm": 7, "*features.12*": 6}, **QUICK)
     bits = {layer.name: layer.weight_bits for layer in result.report.compressed}
     assert bits["/fc/Gemm"] == 7
     assert bits["/features/features.12/Conv"] == 6
@@ -117,8 +117,8 @@ def test_an_output_that_is_no_real_number():
     """
     rng = np.random.default_rng(0)
     source = with_weights(text, {"w0": rng.normal(0, 0.3, (64, 3, 1, 1)), "w1": rng.normal(0, 0.3, (64, 64, 1, 1))})
-    report = onnx_lwdf.compress(source, max_size=7800.0, **FAST).report
-    assert report.output["bytes"] <= 7800
+    report = onnx_lwdf.compress(source, max_size=9000.0, **FAST).report
+    assert report.output["bytes"] <= 9000
     assert min(layer.weight_bits for layer in report.compressed) > 2
 
 

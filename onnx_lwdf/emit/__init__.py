@@ -15,9 +15,19 @@ import numpy as np
 import onnx
 
 from onnx_lwdf.emit import dense, folded, packed, qdq, sparse, sparse_initializer
-from onnx_lwdf.emit.stored import Held, Rounded, Store, Stored, Values, stored_bytes
+from onnx_lwdf.emit.stored import Held, Rounded, Runs, Store, Stored, Values, stored_bytes
 from onnx_lwdf.graph import Graph
-from onnx_lwdf.layers import WEIGHTED, Bits, Layer, find_layers, output_axis, output_channels, set_bias
+from onnx_lwdf.layers import (
+    WEIGHTED,
+    Bits,
+    Layer,
+    find_layers,
+    output_axis,
+    output_channels,
+    run_shape,
+    set_bias,
+    vectors_of,
+)
 from onnx_lwdf.ranges import ActivationGrid
 from onnx_lwdf.sites import Site
 
@@ -115,20 +125,20 @@ def _held(graph: Graph, store: Store, tensors: Sequence[Values]) -> list[Held]:
     return [held for values in tensors for held in store(graph, [values])]
 
 
-def planned_bytes(name: str, activations: str, shape: tuple[int, ...], axis: int, bits: int | None) -> int:
-    """What `emit` will answer for a layer of codes of this shape, scales along `axis`; at most, where zeros shrink it."""
-    if bits is None:
+def planned_bytes(name: str, activations: str, layer: Layer, shape: tuple[int, ...], bits: Bits) -> int:
+    """What `emit` will answer for a layer with a weight of this shape; at most, where zeros shrink it."""
+    if bits.weight is None:
         return FLOAT_BITS // 8 * math.prod(shape)
-    scratch, rounded = Graph(onnx.ModelProto()), _blank(shape, axis, bits)
+    scratch, rounded = Graph(onnx.ModelProto()), _blank(layer, shape, bits)
     (held,) = FORMATS[name].store(scratch, [_codes("weight", rounded, activations)])
     return _float_weight(scratch, "weight", held, rounded, activations).bytes
 
 
-def weight_bytes(graph: Graph, name: str, activations: str, layer: Layer, bits: int) -> int:
+def weight_bytes(graph: Graph, name: str, activations: str, layer: Layer, bits: Bits) -> int:
     """What the codes of one more layer like this add to a file, operators included; at most, where zeros shrink it."""
     weight = graph.constant(layer.weight)
     assert weight is not None, layer.name
-    codes = _codes(layer.weight, _blank(weight.shape, output_axis(layer), bits), activations)
+    codes = _codes(layer.weight, _blank(layer, weight.shape, bits), activations)
     one, two = (stored_bytes(FORMATS[name].store, [codes] * count) for count in (1, 2))
     return two - one
 
@@ -152,9 +162,7 @@ def file_bytes(
             continue
         weight, bits = twin.constant(layer.weight), plan[layer.name]
         assert weight is not None, layer.name
-        assert bits.weight is not None, layer.name
-        axis = output_axis(layer)
-        rounded = _blank(weight.shape, axis, bits.weight)
+        rounded = _blank(layer, weight.shape, bits)
         grid = None if bits.activation is None else ActivationGrid(1.0, 1, bits.activation)
         stored.append(Stored(layer, None, rounded, np.ones(output_channels(twin, layer)), grid))
     grids = {site.tensors[0]: ActivationGrid(1.0, 1, site.bits) for site in sites}
@@ -163,8 +171,12 @@ def file_bytes(
     return twin.model.ByteSize()
 
 
-def _blank(shape: tuple[int, ...], axis: int, bits: int) -> Rounded:
-    return Rounded(np.ones(shape, np.int8), np.ones(shape[axis], np.float32), axis, bits)
+def _blank(layer: Layer, shape: tuple[int, ...], bits: Bits) -> Rounded:
+    assert bits.weight is not None, layer.name
+    axis, runs = output_axis(layer), None
+    if (vectors := vectors_of(layer, shape[1 - axis], bits)) is not None:
+        runs = Runs(np.ones(run_shape(layer, shape, vectors.size), np.int8), 1 - axis, vectors.size)
+    return Rounded(np.ones(shape, np.int8), np.ones(shape[axis], np.float32), axis, bits.weight, runs)
 
 
 def _values(stored: Stored) -> Values:
@@ -177,7 +189,7 @@ def _values(stored: Stored) -> Values:
 
 def _codes(stem: str, rounded: Rounded, activations: str) -> Values:
     kind = onnx.TensorProto.FLOAT if activations == FLOAT else onnx.TensorProto.INT8
-    return Values(stem, rounded.codes, rounded.bits, rounded.axis, int(kind))
+    return Values(stem, rounded.codes, rounded.bits, rounded.axis, int(kind), rounded.runs)
 
 
 def _scaled(graph: Graph, values: Held, stored: Stored) -> Held:

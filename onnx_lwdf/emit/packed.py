@@ -7,7 +7,7 @@ lie in rows under each other, so that one column of masks and one of shifts take
     w = 4, 2, 1:  [n w / 8] bytes  -> BitwiseAnd [[2^w - 1], [(2^w - 1) << w], ...] -> BitShift right by [[0], [w], ...]
     w = 6:        [3, n / 4] bytes -> BitwiseAnd 63 -> the first three of four rows; the upper bits hold the fourth:
                   BitwiseAnd 192 -> BitShift right by [[6], [4], [2]] -> Split -> BitwiseOr
-    codes         =  (piece << lower bits) | ... -> Split -> Reshape -> + smallest of the channel
+    codes         =  (piece << lower bits) | ... -> Split -> Reshape -> + smallest of the channel [-> * multiplier of the run]
 
 One chain serves all tensors because onnxruntime spends more time on a folded operator than on the bytes that it reads.
 The mask comes before the shift: OpenVINO shifts by multiplication, and rounds what should fall out of the byte.
@@ -24,10 +24,11 @@ import numpy.typing as npt
 import onnx
 
 from onnx_lwdf.emit import dense
-from onnx_lwdf.emit.stored import Held, Values, smallest
+from onnx_lwdf.emit.stored import Held, Runs, Values, smallest
 from onnx_lwdf.graph import Graph
 
 ROWS = {6: 4, 4: 2, 2: 4, 1: 8}  # of pieces under each other, by their width
+MULTIPLIER_BITS = 3  # multipliers of runs are 1 to 8
 FOURTH = np.array([[0], [2], [4]], np.uint8)  # bits of the fourth row of width 6 that the bytes of the other rows hold
 
 
@@ -91,33 +92,78 @@ def _store(graph: Graph, tensors: Sequence[Values]) -> list[Held]:
     """Tensors of codes of one width below 8 bits."""
     if not tensors:
         return []
-    bits, least = tensors[0].bits, [_least(values) for values in tensors]
-    shifted = [values.data.astype(np.int16) - low for values, low in zip(tensors, least, strict=True)]
-    pieces = pack(np.concatenate([codes.ravel() for codes in shifted]).astype(np.uint8), bits)
+    bits, codes = tensors[0].bits, [np.asarray(values.codes, np.int16) for values in tensors]
+    least = [_least(values, own) for values, own in zip(tensors, codes, strict=True)]
+    shifted = [own - low for own, low in zip(codes, least, strict=True)]
+    row, filling = _row(graph, shifted, bits)
+    sizes = [own.size for own in shifted]
+    split = graph.add_split(row, [*sizes, filling] if filling else sizes)
+    multipliers = _multipliers(graph, tensors)
+    return [
+        _tensor(graph, values, own, low, multiplier)
+        for values, own, low, multiplier in zip(tensors, split, least, multipliers, strict=False)
+    ]
+
+
+def _row(graph: Graph, arrays: Sequence[npt.NDArray[np.int16]], bits: int) -> tuple[str, int]:
+    """All the codes, below 2^bits, in one row of uint8, and how many zeros follow them."""
+    flat = np.concatenate([codes.ravel() for codes in arrays]).astype(np.uint8)
+    pieces = pack(flat, bits)
     stem = graph.unique(f"packed{bits}")
     parts = [_unpacked(graph, f"{stem}.bits{piece.width}", piece, ROWS[pieces[0].width]) for piece in pieces]
     row = graph.add_folded("Reshape", [_united(graph, parts), graph.shared_constant(np.array([-1]))])
-    sizes = [codes.size for codes in shifted]
-    filling = pieces[0].data.size * 8 // pieces[0].width - sum(sizes)
-    split = graph.add_split(row, [*sizes, filling] if filling else sizes)
-    return [_tensor(graph, values, codes, low, bits) for values, codes, low in zip(tensors, split, least, strict=False)]
+    return row, pieces[0].data.size * 8 // pieces[0].width - flat.size
 
 
-def _least(values: Values) -> npt.NDArray[np.int16]:
+def _multipliers(graph: Graph, tensors: Sequence[Values]) -> list[str | None]:
+    """Of each tensor the multipliers of its runs in a row of floats; None where it has none."""
+    runs = {place: values.runs for place, values in enumerate(tensors) if values.runs is not None}
+    if not runs:
+        return [None] * len(tensors)
+    row, filling = _row(graph, [of.multiplier.astype(np.int16) - 1 for of in runs.values()], MULTIPLIER_BITS)
+    floats = graph.add_folded("Cast", [row], to=onnx.TensorProto.FLOAT)
+    floats = graph.add_folded("Add", [floats, graph.shared_constant(np.ones(1, np.float32))])
+    sizes = [of.multiplier.size for of in runs.values()]
+    split = dict(zip(runs, graph.add_split(floats, [*sizes, filling] if filling else sizes), strict=False))
+    return [split.get(place) for place in range(len(tensors))]
+
+
+def _least(values: Values, codes: npt.NDArray[np.int16]) -> npt.NDArray[np.int16]:
     """The smallest code of each channel, of the values' rank."""
-    axes = tuple(axis for axis in range(values.data.ndim) if axis != values.axis)
-    return np.asarray(values.data.min(axis=axes, keepdims=True), np.int16)
+    axes = tuple(axis for axis in range(codes.ndim) if axis != values.axis)
+    return np.asarray(codes.min(axis=axes, keepdims=True))
 
 
-def _tensor(graph: Graph, values: Values, codes: str, least: npt.NDArray[np.int16], bits: int) -> Held:
+def _tensor(graph: Graph, values: Values, codes: str, least: npt.NDArray[np.int16], multiplier: str | None) -> Held:
     """uint8 codes in a row -> the values. int8 cannot be added in onnxruntime; floats can, and most weights become floats."""
     shaped = graph.add_folded("Reshape", [codes, graph.shared_constant(np.array(values.data.shape))])
     low = graph.add_constant(f"{values.stem}.least", least.astype(np.int8))
     floats = [graph.add_folded("Cast", [name], to=onnx.TensorProto.FLOAT) for name in (shaped, low)]
-    name = graph.add_folded("Add", floats)
+    name, size = graph.add_folded("Add", floats), -(-values.data.size * values.bits // 8) + least.size
+    if multiplier is not None and values.runs is not None:
+        name = graph.add_folded("Mul", [name, _spread(graph, values.runs, multiplier, values.data.shape)])
+        size += -(-values.runs.multiplier.size * MULTIPLIER_BITS // 8)
     if values.kind != onnx.TensorProto.FLOAT:
         name = graph.add_folded("Cast", [name], to=values.kind)
-    return Held(name, -(-values.data.size * bits // 8) + least.size)
+    return Held(name, size)
+
+
+def _spread(graph: Graph, runs: Runs, multiplier: str, shape: tuple[int, ...]) -> str:
+    """The multiplier of each weight [shape], from those of the runs in a row."""
+    count, rank = runs.multiplier.shape[runs.axis], len(shape)
+    held = [*runs.multiplier.shape]
+    held[1 - runs.axis] = -1  # whatever is left: so more layers share their shapes
+    one = [*held[: runs.axis + 1], 1, *held[runs.axis + 1 :]]
+    each = [runs.size if axis == runs.axis + 1 else 1 for axis in range(rank + 1)]
+    held[runs.axis] = count * runs.size
+    steps = (("Reshape", one), ("Expand", each), ("Reshape", held))
+    name = multiplier
+    for operator, numbers in steps:
+        name = graph.add_folded(operator, [name, graph.shared_constant(np.array(numbers))])
+    if count * runs.size == shape[runs.axis]:
+        return name
+    ends = (0, shape[runs.axis], runs.axis)
+    return graph.add_folded("Slice", [name, *(graph.shared_constant(np.array([end])) for end in ends)])
 
 
 def _unpacked(graph: Graph, stem: str, piece: Piece, rows: int) -> str:

@@ -17,13 +17,27 @@ OPERATOR_BYTES = 40  # that an operator must save, beside its own size, for the 
 
 
 @dataclass(frozen=True, slots=True)
+class Runs:
+    """Multipliers of runs of inputs (vectors.py)."""
+
+    multiplier: npt.NDArray[np.int8]  # the shape of the model's weight, with runs in place of inputs
+    axis: int  # of the weight, along which inputs run
+    size: int  # inputs in a run; the last one may be shorter
+
+    def spread(self, inputs: int) -> npt.NDArray[np.int8]:
+        """The multiplier of each weight, of the weight's shape."""
+        return np.repeat(self.multiplier, self.size, axis=self.axis).take(range(inputs), axis=self.axis)
+
+
+@dataclass(frozen=True, slots=True)
 class Rounded:
     """A weight on its grid: codes times one scale per output channel."""
 
-    codes: npt.NDArray[np.int8]  # the shape of the model's weight
+    codes: npt.NDArray[np.int8]  # the shape of the model's weight; with runs, times their multipliers
     scale: npt.NDArray[np.float32]  # [scales], along `axis`
     axis: int  # of the weight, along which the scales run
-    bits: int  # the codes of one scale differ by less than 2^bits
+    bits: int  # the codes of one scale, without multipliers, differ by less than 2^bits
+    runs: Runs | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,9 +64,17 @@ class Values:
 
     stem: str  # of the names
     data: npt.NDArray[np.int8] | npt.NDArray[np.float32]
-    bits: int  # of the codes; 32 of floats
+    bits: int  # of the codes, without multipliers; 32 of floats
     axis: int | None  # along which the ranges of the codes differ; None: one range for all
     kind: int  # ONNX type of what is rebuilt
+    runs: Runs | None = None  # whose multipliers the codes were multiplied by
+
+    @property
+    def codes(self) -> npt.NDArray[np.int8] | npt.NDArray[np.float32]:
+        """The data without multipliers."""
+        if self.runs is None:
+            return self.data
+        return np.asarray(self.data // self.runs.spread(self.data.shape[self.runs.axis]), np.int8)
 
 
 @dataclass(frozen=True, slots=True)

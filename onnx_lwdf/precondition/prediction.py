@@ -19,7 +19,7 @@ from onnx_lwdf.gates import Span
 from onnx_lwdf.gradients import strengths
 from onnx_lwdf.graph import Graph
 from onnx_lwdf.grid import nearest, search_weight_grid
-from onnx_lwdf.layers import ALL, Bits, Layer, shape_of, weight_of
+from onnx_lwdf.layers import ALL, Bits, Layer, shape_of, vectors_of, weight_of
 from onnx_lwdf.precondition.channels import ChannelGroup
 from onnx_lwdf.precondition.readers import Answers
 from onnx_lwdf.precondition.transform import Transform
@@ -56,13 +56,13 @@ def predicted_error(
         inputs = conditional_variances(part.moments(samples.moments[layer.name], layer.input).hessian)
         some, out = _some(graph, layer)
         rows = part.reader(weight_of(graph, layer, some))
-        error = _rounding(rows, out, inputs.reshape(layer.groups, -1), plan[layer.name].weight)
+        error = _rounding(layer, rows, out, inputs.reshape(layer.groups, -1), plan[layer.name])
         total += float(error.ravel() @ answers.readers[layer.name])
     for layer in group.producers:
         part = transform.of(group.place(layer.output))
         some, out = _some(graph, layer)
         rows = part.writer(weight_of(graph, layer, ALL if part.matrix.ndim > 1 else some), some)
-        error = _rounding(rows, out, importance[layer.name], plan[layer.name].weight)
+        error = _rounding(layer, rows, out, importance[layer.name], plan[layer.name])
         total += float(error.ravel() @ strengths(part.gradient(answers.writers[layer.name])))
     return total
 
@@ -81,12 +81,13 @@ def _some(graph: Graph, layer: Layer) -> tuple[slice, int]:
     return slice(None, None, max(1, -(-out // MOST_ROWS))), out
 
 
-def _rounding(rows: F64, out: int, importance: F64, bits: int | None) -> F64:
+def _rounding(layer: Layer, rows: F64, out: int, importance: F64, bits: Bits) -> F64:
     """Predicted loss of every output channel, [groups, out], by second-order rounding; at 8 bits where it stays float.
 
     rows [groups, some of out, in] of the weight, whose mean stands for the others; importance [groups, in]: the conditional
     variances of what the weight reads.
     """
-    grid = search_weight_grid(rows, importance, bits or 8, None, np.zeros(rows.shape[:2]))
-    error = np.einsum("goi,gi->go", (nearest(rows, grid) * grid.scale[..., None] - rows) ** 2, importance)
+    runs, floor = vectors_of(layer, rows.shape[-1] // layer.kernel_size, bits), np.zeros(rows.shape[:2])
+    grid = search_weight_grid(rows, importance, bits.weight or 8, None, floor, runs)
+    error = np.einsum("goi,gi->go", (nearest(rows, grid) * grid.step - rows) ** 2, importance)
     return error if rows.shape[1] == out else np.broadcast_to(error.mean(1, keepdims=True), (len(rows), out))

@@ -17,6 +17,7 @@ class Method:
     """A solver and what it can do. All of them round."""
 
     solve: Solver
+    vectors: bool = False  # whether it takes multipliers for runs of inputs
     losses: Losses | None = None  # what pruning costs, for choosing the sparsity; None: it does not prune
 
     @property
@@ -27,8 +28,8 @@ class Method:
 SOLVERS: Mapping[str, Method] = {
     "rtn": Method(rtn.solve),  # nearest rounding
     "squant": Method(squant.solve),  # flips that cancel the error sums, without data
-    "gptq": Method(gptq.solve),  # second-order rounding on H
-    "descent": Method(descent.solve),  # second-order rounding, then coordinate descent on H
-    "magnitude": Method(magnitude.solve, magnitude.losses),  # the smallest weights go, nearest rounding
-    "obs": Method(obs.solve, obs.losses),  # second-order mask, refit and rounding within the mask
+    "gptq": Method(gptq.solve, vectors=True),  # second-order rounding on H
+    "descent": Method(descent.solve, vectors=True),  # second-order rounding, then coordinate descent on H
+    "magnitude": Method(magnitude.solve, losses=magnitude.losses),  # the smallest weights go, nearest rounding
+    "obs": Method(obs.solve, losses=obs.losses),  # second-order mask, refit and rounding within the mask
 }

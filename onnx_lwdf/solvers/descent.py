@@ -28,7 +28,7 @@ BLOCK = 64
 def solve(problem: LayerProblem) -> LayerSolution:
     """Second-order rounding, then coordinate descent and fits of the scale in turn."""
     codes, grid, notes = refine(problem, None)
-    return solution(problem, codes, grid.scale, notes)
+    return solution(problem, grid.rounding(codes, problem.vectors), notes)
 
 
 def refine(problem: LayerProblem, mask: Mask | None) -> tuple[F64, WeightGrid, tuple[str, ...]]:
@@ -36,7 +36,7 @@ def refine(problem: LayerProblem, mask: Mask | None) -> tuple[F64, WeightGrid, t
     codes, grid, notes = gptq.start(problem, mask)
     for _ in range(FITS):
         codes = descend(problem, codes, grid, mask)
-        grid = replace(grid, scale=_fitted(problem, codes, grid.scale))
+        grid = replace(grid, scale=_fitted(problem, grid.multiplied(codes), grid.scale))
     return descend(problem, codes, grid, mask), grid, notes
 
 
@@ -54,14 +54,14 @@ def descend(problem: LayerProblem, codes: F64, grid: WeightGrid, mask: Mask | No
 
 def _block(problem: LayerProblem, codes: F64, grid: WeightGrid, mask: Mask | None, block: slice) -> bool:
     """One pass over a block of columns, in place; whether a code changed."""
-    scale, low, high = grid.scale, grid.low, grid.high
-    gradient = (problem.weight - scale[..., None] * codes) @ problem.hessian[:, :, block]  # [groups, out, block]
+    low, high, steps = grid.low, grid.high, np.broadcast_to(grid.step, codes.shape)
+    gradient = (problem.weight - steps * codes) @ problem.hessian[:, :, block]  # [groups, out, block]
     inner = problem.hessian[:, block, block]
     curvature = np.einsum("gii->gi", inner)
     changed = False
     for j in range(gradient.shape[2]):
         column = block.start + j
-        old = codes[:, :, column]
+        old, scale = codes[:, :, column], steps[:, :, column]
         step = gradient[:, :, j] / (np.maximum(curvature[:, j], np.finfo(np.float64).tiny)[:, None] * scale)
         new = np.clip(np.rint(old + step), low, high)
         new = _within_pair(problem, codes, column, new)

@@ -35,7 +35,7 @@ class _Pairs:
 def solve(problem: LayerProblem) -> LayerSolution:
     """Second-order rounding on the grid of least weighted error; no channel is worse than by nearest rounding."""
     codes, grid, notes = start(problem)
-    return solution(problem, codes, grid.scale, notes)
+    return solution(problem, grid.rounding(codes, problem.vectors), notes)
 
 
 def start(problem: LayerProblem, mask: Mask | None = None) -> tuple[F64, WeightGrid, tuple[str, ...]]:
@@ -46,7 +46,7 @@ def start(problem: LayerProblem, mask: Mask | None = None) -> tuple[F64, WeightG
     codes, note = round_columns(problem, grid, mask)
     if codes is None:
         return plain, grid, (note,)
-    losses = [channel_loss(problem.weight, grid.scale[..., None] * c, problem.hessian) for c in (codes, plain)]
+    losses = [channel_loss(problem.weight, grid.step * c, problem.hessian) for c in (codes, plain)]
     chosen = np.where((losses[0] <= losses[1])[..., None], codes, plain)
     return chosen, grid, (note,) if note else ()
 
@@ -62,7 +62,10 @@ def round_columns(problem: LayerProblem, grid: WeightGrid, mask: Mask | None = N
         if damping > MOST_DAMPING:
             return None, "H could not be factored; nearest rounding"
     allowed = None if mask is None else np.take_along_axis(mask, order[:, None, :], 2)
-    codes = _sweep(weight, factor, grid, _pairs(problem, order), allowed)
+    step = np.broadcast_to(grid.step, weight.shape)
+    if grid.multiplier is not None:
+        step = np.take_along_axis(step, order[:, None, :], 2)
+    codes = _sweep(weight, factor, grid, step, _pairs(problem, order), allowed)
     note = "" if damping == DAMPING else f"damping {damping:g}"
     return np.take_along_axis(codes, np.argsort(order, axis=1)[:, None, :], 2), note
 
@@ -107,22 +110,22 @@ def _pairs(problem: LayerProblem, order: npt.NDArray[np.int64]) -> _Pairs | None
     return _Pairs(np.where(exists & (earlier < np.arange(order.shape[1])), earlier, -1), problem.pair_limit)
 
 
-def _sweep(weight: F64, factor: F64, grid: WeightGrid, pairs: _Pairs | None, mask: Mask | None) -> F64:
-    """Codes in the order of columns; `weight` is consumed."""
-    scale, low, high = grid.scale, grid.low, grid.high
+def _sweep(weight: F64, factor: F64, grid: WeightGrid, step: F64, pairs: _Pairs | None, mask: Mask | None) -> F64:
+    """Codes in the order of columns, as are the steps [groups, out, in] of the grid; `weight` is consumed."""
+    low, high = grid.low, grid.high
     columns = weight.shape[2]
     codes = np.zeros(weight.shape)
     for start in range(0, columns, BLOCK):
         stop = min(start + BLOCK, columns)
         errors = np.empty((*weight.shape[:2], stop - start))
         for j in range(start, stop):
-            code = np.clip(np.rint(weight[:, :, j] / scale), low, high)
+            code = np.clip(np.rint(weight[:, :, j] / step[:, :, j]), low, high)
             if pairs is not None:
                 code = _clamped(code, codes, pairs, j)
             if mask is not None:
                 code = np.where(mask[:, :, j], code, 0.0)
             codes[:, :, j] = code
-            error = (weight[:, :, j] - code * scale) / factor[:, j, j][:, None]  # [groups, out]
+            error = (weight[:, :, j] - code * step[:, :, j]) / factor[:, j, j][:, None]  # [groups, out]
             weight[:, :, j + 1 : stop] -= error[:, :, None] * factor[:, None, j, j + 1 : stop]
             errors[:, :, j - start] = error
         weight[:, :, stop:] -= errors @ factor[:, start:stop, stop:]

@@ -20,7 +20,8 @@ def solve(problem: LayerProblem) -> LayerSolution:
         return float_solution(problem, weight)
     importance = np.diagonal(problem.hessian, axis1=1, axis2=2)
     grid = weight_grid(replace(problem, weight=weight), importance)
-    return solution(problem, nearest(weight, grid, problem.pair_limit), grid.scale)
+    codes = nearest(weight, grid, problem.pair_limit)
+    return solution(problem, grid.rounding(codes, problem.vectors))
 
 
 def losses(problem: LayerProblem, sparsities: Sequence[float]) -> list[float]:

@@ -35,7 +35,7 @@ def solve(problem: LayerProblem) -> LayerSolution:
     if problem.bits is None:
         return float_solution(problem, weight)
     codes, grid, notes = descent.refine(replace(problem, weight=weight), mask)
-    return solution(problem, codes, grid.scale, notes)
+    return solution(problem, grid.rounding(codes, problem.vectors), notes)
 
 
 def prune(problem: LayerProblem) -> tuple[Mask, F64]:

@@ -4,7 +4,8 @@ A layer computes y = W x + b for every group. Its problem is to find the stored 
 
     loss = sum_g tr((W_g - V_g) H_g (W_g - V_g)^T),    H = E[x x^T]
 
-over the grid V = scale * codes, one scale per output channel, or over the V with enough zeros, or both.
+over the grid V = scale * codes, one scale per output channel (times small integers, see vectors.py), or over the V with
+enough zeros, or both.
 Shapes: `groups` is always the leading axis, `in` is ordered (kernel position, channel), the order in which
 onnxruntime's integer kernels flatten a filter. Where a layer has so many inputs that H is kept by blocks of them, these are
 groups, too, and their output channels have one scale.
@@ -17,6 +18,8 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+
+from onnx_lwdf.vectors import Vectors
 
 F64 = npt.NDArray[np.float64]
 Codes = npt.NDArray[np.int8]
@@ -35,6 +38,7 @@ class LayerProblem:
     pair_limit: int | None = None  # bound on |codes[2k] + codes[2k + 1]| along `in`, None where nothing saturates
     sparsity: float = 0.0  # share of the layer's weights that become 0
     nm: tuple[int, int] | None = None  # N of every M consecutive inputs stay, in place of `sparsity`
+    vectors: Vectors | None = None  # the runs of inputs that have multipliers; None: codes alone
     blocks: int = 1  # so many groups in a row read parts of the same inputs, and share their output channels' scales
 
     @property
@@ -65,8 +69,9 @@ class LayerProblem:
 class Rounding:
     """A weight on its grid: scale[..., None] * codes."""
 
-    codes: Codes  # [groups, out, in]
+    codes: Codes  # [groups, out, in], of `bits` each, times the multipliers of their runs
     scale: F64  # [groups, out], positive and exactly representable in float32
+    multiplier: Codes | None = None  # [groups, out, runs]; None: 1
 
 
 @dataclass(frozen=True, slots=True)
@@ -131,8 +136,7 @@ def float_solution(problem: LayerProblem, weight: F64) -> LayerSolution:
     return LayerSolution(weight, None, float(channel_loss(problem.weight, weight, problem.hessian).sum()))
 
 
-def solution(problem: LayerProblem, codes: F64, scale: F64, notes: tuple[str, ...] = ()) -> LayerSolution:
+def solution(problem: LayerProblem, rounding: Rounding, notes: tuple[str, ...] = ()) -> LayerSolution:
     """The answer on the grid, with its loss."""
-    weight = scale[..., None] * codes
-    loss = float(channel_loss(problem.weight, weight, problem.hessian).sum())
-    return LayerSolution(None, Rounding(codes.astype(np.int8), scale), loss, notes)
+    weight = rounding.scale[..., None] * rounding.codes
+    return LayerSolution(None, rounding, float(channel_loss(problem.weight, weight, problem.hessian).sum()), notes)

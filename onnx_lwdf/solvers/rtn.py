@@ -12,4 +12,5 @@ def solve(problem: LayerProblem) -> LayerSolution:
     """Every weight to its nearest code."""
     importance = np.diagonal(problem.hessian, axis1=1, axis2=2)  # [groups, in]
     grid = weight_grid(problem, importance)
-    return solution(problem, nearest(problem.weight, grid, problem.pair_limit), grid.scale)
+    codes = nearest(problem.weight, grid, problem.pair_limit)
+    return solution(problem, grid.rounding(codes, problem.vectors))

@@ -29,7 +29,7 @@ def solve(problem: LayerProblem) -> LayerSolution:
         flips = _flips(error, open_).swapaxes(2, 3).reshape(exact.shape)
         codes = codes - flips
     codes = codes - _channel_flips(problem, grid, exact, codes)
-    return solution(problem, codes, grid.scale)
+    return solution(problem, grid.rounding(codes, problem.vectors))
 
 
 def _channel_flips(problem: LayerProblem, grid: WeightGrid, exact: F64, codes: F64) -> F64:

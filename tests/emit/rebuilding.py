@@ -10,7 +10,7 @@ import numpy as np
 import onnx
 from onnx.reference import ReferenceEvaluator
 
-from onnx_lwdf.emit.stored import Store, Values
+from onnx_lwdf.emit.stored import Runs, Store, Values
 from onnx_lwdf.graph import Graph
 from onnx_lwdf.runtime import open_session, run
 
@@ -27,12 +27,12 @@ class Emitted:
         return [node.op_type for node in self.model.graph.node if node.op_type != "Identity"]
 
 
-def rebuild(store: Store, values: np.ndarray, bits: int, axis: int | None = None) -> Emitted:
+def rebuild(store: Store, values: np.ndarray, bits: int, axis: int | None = None, runs: Runs | None = None) -> Emitted:
     """Store the values, and run what rebuilds them."""
     model = onnx.parser.parse_model('<ir_version: 8, opset_import: ["" : 18]> net (int64[1] x) => () { }')
     graph = Graph(model)
     kind = onnx.helper.np_dtype_to_tensor_dtype(values.dtype)
-    (held,) = store(graph, [Values("weight", values, bits, axis, kind)])
+    (held,) = store(graph, [Values("weight", values, bits, axis, kind, runs)])
     name = graph.add("Identity", [held.tensor], "rebuilt")
     model.graph.output.append(onnx.helper.make_tensor_value_info(name, kind, values.shape))
     graph.outputs = [name]

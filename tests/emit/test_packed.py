@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from onnx_lwdf.emit import packed
-from onnx_lwdf.emit.stored import Values
+from onnx_lwdf.emit.stored import Runs, Values
 from onnx_lwdf.graph import Graph
 from onnx_lwdf.runtime import open_session, run
 from tests.emit.rebuilding import kernels, rebuild
@@ -49,6 +49,28 @@ def test_every_channel_has_its_own_range(bits, axis):
     codes = moved(random_codes((121, 123), bits), axis)
     for answer in rebuild(packed.store, codes, bits, axis).answers:
         np.testing.assert_array_equal(answer, codes)
+
+
+@pytest.mark.parametrize("bits", range(2, 7))
+@pytest.mark.parametrize(
+    ("axis", "shape"), [(0, (121, 123)), (1, (121, 123)), (0, (61, 32, 3, 5)), (1, (40, 57, 3, 3))]
+)
+def test_multipliers_of_runs_come_back(axis, shape, bits):
+    """Inputs along the other axis, in runs of 16 the last of which is shorter, or not."""
+    counts = [*shape]
+    counts[1 - axis] = -(-shape[1 - axis] // 16)
+    multiplier = np.random.default_rng(2).integers(1, 1 + min(8, 127 // 2**bits), counts).astype(np.int8)
+    runs = Runs(multiplier, 1 - axis, 16)
+    each = np.empty(shape, np.int8)
+    for place in np.ndindex(shape):
+        run = list(place)
+        run[1 - axis] //= 16
+        each[place] = multiplier[tuple(run)]
+    values = random_codes(shape, bits) * each
+    emitted = rebuild(packed.store, values, bits, axis, runs)
+    for answer in emitted.answers:
+        np.testing.assert_array_equal(answer, values)
+    assert set(kernels(emitted.model)) <= {"Identity"}
 
 
 def test_tensors_of_one_width_share_one_chain():

@@ -8,6 +8,7 @@ import numpy as np
 import numpy.typing as npt
 
 from onnx_lwdf.solvers.problem import F64, LayerProblem
+from onnx_lwdf.vectors import Vectors
 
 
 def random_problem(
@@ -18,6 +19,7 @@ def random_problem(
     channels: int = 8,
     bits: int = 4,
     pair_limit: int | None = None,
+    vectors: Vectors | None = None,
 ) -> LayerProblem:
     """Gaussian weights, and the second moments of correlated inputs of unequal size."""
     rng = np.random.default_rng(seed)
@@ -26,7 +28,7 @@ def random_problem(
     inputs = rng.normal(size=(groups, 4 * width + 8, width)) @ mixing * np.exp(rng.normal(size=(groups, 1, width)))
     hessian = inputs.swapaxes(1, 2) @ inputs / inputs.shape[1]
     weight = rng.normal(size=(groups, out, width))
-    return LayerProblem(weight, hessian, bits, np.zeros((groups, out)), kernel, pair_limit)
+    return LayerProblem(weight, hessian, bits, np.zeros((groups, out)), kernel, pair_limit, vectors=vectors)
 
 
 def loss_by_definition(weight: F64, stored: F64, hessian: F64) -> F64:
