@@ -172,7 +172,7 @@ def text(rows: Sequence[Row], name: str, judges: str) -> str:
         "",
         "Made by `bench/methods.py`: every method is made of this project's own steps, so that only the method differs.",
         f"{name}, {judges}: top-1 agreement with float / SQNR of the outputs. Everywhere integer kernels, pair-safe codes,",
-        "one scale per output channel, of least weighted error, where nothing else is said; first and last layer at 8 bits below W8A8.",
+        "one scale per output channel, of least weighted error; first and last layer at 8 bits below W8A8.",
         "",
         f"| method | {' | '.join(widths)} |",
         "|---|" + "---|" * len(widths),
