@@ -31,14 +31,14 @@ net (float[N,3,16,16] x) => (float[N,5] y) {
 """
 
 
-def residual(seed: int = 0) -> onnx.ModelProto:
+def residual(seed: int = 0, width: int = 8) -> onnx.ModelProto:
     """Conv-BN-Relu, depthwise Conv-BN-Clip, a linear bottleneck with a residual Add, a strided Conv, a classifier."""
     rng = np.random.default_rng(seed)
     tensors = {
-        "w0": rng.normal(0, 0.3, (8, 3, 3, 3)),
-        "w1": rng.normal(0, 0.4, (8, 1, 3, 3)),
-        "w2": rng.normal(0, 0.5, (8, 8, 1, 1)),
-        "w3": rng.normal(0, 0.3, (6, 8, 3, 3)),
+        "w0": rng.normal(0, 0.3, (width, 3, 3, 3)),
+        "w1": rng.normal(0, 0.4, (width, 1, 3, 3)),
+        "w2": rng.normal(0, 0.5, (width, width, 1, 1)),
+        "w3": rng.normal(0, 0.3, (6, width, 3, 3)),
         "wb3": rng.normal(0, 0.2, 6),
         "w4": rng.normal(0, 0.5, (5, 6)),
         "wb4": rng.normal(0, 0.1, 5),
@@ -46,11 +46,11 @@ def residual(seed: int = 0) -> onnx.ModelProto:
         "six": np.array(6.0),
     }
     for i in range(3):
-        tensors[f"g{i}"] = rng.uniform(0.5, 1.5, 8)
-        tensors[f"b{i}"] = rng.normal(0.3, 0.5, 8)
-        tensors[f"m{i}"] = rng.normal(0, 0.5, 8)
-        tensors[f"v{i}"] = rng.uniform(0.2, 2, 8)
-    return trained(with_weights(RESIDUAL, tensors))
+        tensors[f"g{i}"] = rng.uniform(0.5, 1.5, width)
+        tensors[f"b{i}"] = rng.normal(0.3, 0.5, width)
+        tensors[f"m{i}"] = rng.normal(0, 0.5, width)
+        tensors[f"v{i}"] = rng.uniform(0.2, 2, width)
+    return trained(with_weights(RESIDUAL.replace("group = 8", f"group = {width}"), tensors))
 
 
 def trained(model: onnx.ModelProto, feeds: dict[str, Array] | None = None) -> onnx.ModelProto:
