@@ -256,8 +256,6 @@ def input_channels(graph: Graph, layer: Layer) -> int:
 
 def vectors_of(layer: Layer, channels: int, bits: Bits) -> Vectors | None:
     """The runs of inputs that have multipliers at these bits; `channels` of them for each group."""
-    if layer.op == "ConvTranspose" and layer.groups > 1:  # whose weight has the channels of all groups along one axis
-        return None
     return vectors(bits.vector_size, channels, layer.kernel_size, bits.weight, bits.largest)
 
 
