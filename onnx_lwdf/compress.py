@@ -41,7 +41,7 @@ from onnx_lwdf.preparation import Prepared, prepare
 from onnx_lwdf.pruning import plan_pruning, share_budget
 from onnx_lwdf.ranges import F64, ActivationGrid
 from onnx_lwdf.recalibration import recalibrate
-from onnx_lwdf.runtime import open_session
+from onnx_lwdf.runtime import open_session, trim
 from onnx_lwdf.sites import Site, find_sites
 from onnx_lwdf.statistics import Statistics
 from onnx_lwdf.tradeoff import Point, Sizes, choose_bits, expected
@@ -105,6 +105,7 @@ def _compress(
     source: Source, config: Config, on_layer: OnLayer, scratch: Scratch | None, spared: Mapping[str, str]
 ) -> Compressed:
     prepared = prepare(source.model, config, scratch, spared)
+    trim()
     graph, config = prepared.graph, prepared.config
     before = {layer.name: math.prod(shape_of(graph, layer)) for layer in prepared.layers}
     whole = graph.snapshot() if config.weight_bits is None else None  # channels may go: a copy before they do

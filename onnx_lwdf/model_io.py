@@ -22,7 +22,7 @@ from onnx import external_data_helper, version_converter
 from onnx_lwdf.errors import ModelError
 from onnx_lwdf.mapped import Scratch, anchored, bytes_of, is_mapped, loaded, mappable, refer, values_of, without_mapped
 from onnx_lwdf.precision import FLOAT32, VALUE_BYTES, Precision, widen
-from onnx_lwdf.runtime import PROTOBUF_LIMIT_BYTES, copy_of, first_line
+from onnx_lwdf.runtime import PROTOBUF_LIMIT_BYTES, copy_of, first_line, trim
 from onnx_lwdf.staging import locked, settle, staging
 
 TOOL = "onnx-lwdf"
@@ -74,7 +74,9 @@ def read(source: str | Path | onnx.ModelProto) -> Source:
             f"{result.path}: has more than {PROTOBUF_LIMIT_BYTES / 2**30:.0f} GiB of weights, and some are not float32; "
             "export it in float32"
         )
-    return replace(result, precision=widen(result.model))
+    found = replace(result, precision=widen(result.model))
+    trim()  # reading and checking take three times what the model does
+    return found
 
 
 def _checkable(source: Source) -> onnx.ModelProto | str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import gc
 import os
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
@@ -125,7 +126,11 @@ def first_line(error: BaseException) -> str:
 
 
 def trim() -> None:
-    """Give freed memory back to the system. glibc keeps what a session had, up to a gigabyte; others have no such call."""
+    """Give freed memory back to the system, that of cycles among it: a graph's nodes and what stands between them.
+
+    glibc keeps what a session had, up to a gigabyte; others have no such call.
+    """
+    gc.collect()
     release = getattr(ctypes.CDLL(None), "malloc_trim", None) if os.name == "posix" else None
     if release is not None:
         release(0)
