@@ -136,34 +136,43 @@ def _least(values: Values, codes: npt.NDArray[np.int16]) -> npt.NDArray[np.int16
 
 def _tensor(graph: Graph, values: Values, codes: str, least: npt.NDArray[np.int16], multiplier: str | None) -> Held:
     """uint8 codes in a row -> the values. int8 cannot be added in onnxruntime; floats can, and most weights become floats."""
-    shaped = graph.add_folded("Reshape", [codes, graph.shared_constant(np.array(values.data.shape))])
+    whole, runs, factor = values.data.shape, values.runs, None
+    shape, size = whole, -(-values.data.size * values.bits // 8) + least.size
+    if multiplier is not None and runs is not None:
+        shape, factor = _factor(graph, runs, multiplier, whole)
+        size += -(-runs.multiplier.size * MULTIPLIER_BITS // 8)
+        least = least if shape == whole else np.expand_dims(least, runs.axis + 1)
+    shaped = graph.add_folded("Reshape", [codes, graph.shared_constant(np.array(shape))])
     low = graph.add_constant(f"{values.stem}.least", least.astype(np.int8))
     floats = [graph.add_folded("Cast", [name], to=onnx.TensorProto.FLOAT) for name in (shaped, low)]
-    name, size = graph.add_folded("Add", floats), -(-values.data.size * values.bits // 8) + least.size
-    if multiplier is not None and values.runs is not None:
-        name = graph.add_folded("Mul", [name, _spread(graph, values.runs, multiplier, values.data.shape)])
-        size += -(-values.runs.multiplier.size * MULTIPLIER_BITS // 8)
+    name = graph.add_folded("Add", floats)
+    if factor is not None:
+        name = graph.add_folded("Mul", [name, factor])
+    if shape != whole:
+        name = graph.add_folded("Reshape", [name, graph.shared_constant(np.array(whole))])
     if values.kind != onnx.TensorProto.FLOAT:
         name = graph.add_folded("Cast", [name], to=values.kind)
     return Held(name, size)
 
 
-def _spread(graph: Graph, runs: Runs, multiplier: str, shape: tuple[int, ...]) -> str:
-    """The multiplier of each weight [shape], from those of the runs in a row."""
-    count, rank = runs.multiplier.shape[runs.axis], len(shape)
+def _factor(graph: Graph, runs: Runs, multiplier: str, whole: tuple[int, ...]) -> tuple[tuple[int, ...], str]:
+    """A shape for the codes, and what they are multiplied by in it, from the multipliers of the runs in a row.
+
+    Where all runs are of one size they get an axis of their own, and nothing is spread over the weights (a third of the load).
+    """
+    count, axis = runs.multiplier.shape[runs.axis], runs.axis
+    one = [*runs.multiplier.shape[: axis + 1], 1, *runs.multiplier.shape[axis + 1 :]]
+    one[2 if axis == 0 else 0] = -1  # whatever is left: so more layers share their shapes
+    name = graph.add_folded("Reshape", [multiplier, graph.shared_constant(np.array(one))])
+    if count * runs.size == whole[axis]:
+        return (*whole[:axis], count, runs.size, *whole[axis + 1 :]), name
+    each = [runs.size if place == axis + 1 else 1 for place in range(len(whole) + 1)]
     held = [*runs.multiplier.shape]
-    held[1 - runs.axis] = -1  # whatever is left: so more layers share their shapes
-    one = [*held[: runs.axis + 1], 1, *held[runs.axis + 1 :]]
-    each = [runs.size if axis == runs.axis + 1 else 1 for axis in range(rank + 1)]
-    held[runs.axis] = count * runs.size
-    steps = (("Reshape", one), ("Expand", each), ("Reshape", held))
-    name = multiplier
-    for operator, numbers in steps:
+    held[axis], held[1 - axis] = count * runs.size, -1
+    for operator, numbers in (("Expand", each), ("Reshape", held)):
         name = graph.add_folded(operator, [name, graph.shared_constant(np.array(numbers))])
-    if count * runs.size == shape[runs.axis]:
-        return name
-    ends = (0, shape[runs.axis], runs.axis)
-    return graph.add_folded("Slice", [name, *(graph.shared_constant(np.array([end])) for end in ends)])
+    ends = (0, whole[axis], axis)
+    return whole, graph.add_folded("Slice", [name, *(graph.shared_constant(np.array([end])) for end in ends)])
 
 
 def _unpacked(graph: Graph, stem: str, piece: Piece, rows: int) -> str:

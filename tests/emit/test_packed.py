@@ -53,7 +53,7 @@ def test_every_channel_has_its_own_range(bits, axis):
 
 @pytest.mark.parametrize("bits", range(2, 7))
 @pytest.mark.parametrize(
-    ("axis", "shape"), [(0, (121, 123)), (1, (121, 123)), (0, (61, 32, 3, 5)), (1, (40, 57, 3, 3))]
+    ("axis", "shape"), [(0, (121, 123)), (1, (121, 123)), (1, (128, 123)), (0, (61, 32, 3, 5)), (1, (40, 57, 3, 3))]
 )
 def test_multipliers_of_runs_come_back(axis, shape, bits):
     """Inputs along the other axis, in runs of 16 the last of which is shorter, or not."""
