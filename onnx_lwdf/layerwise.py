@@ -249,10 +249,10 @@ def _scale_floor(weight: F64, bias: F64, grid: ActivationGrid | None) -> F64:
 
 
 def _pair_limit(weight: F64, kernel: int, bits: int | None, grid: ActivationGrid | None, config: Config) -> int | None:
-    """Only 8-bit codes times 8-bit inputs can saturate, and onnxruntime's depthwise kernels do not."""
+    """Only 8-bit codes need it (`largest_code` bounds the products of fewer), and onnxruntime's depthwise kernels do not."""
     depthwise = weight.shape[0] > 1 and weight.shape[1:] == (1, kernel)
-    saturates = bits == 8 and grid is not None and grid.bits == 8 and not depthwise
-    return PAIR_LIMIT if saturates and TARGETS[config.target].pair_safe else None
+    saturates = bits == 8 and not depthwise and grid is not None and _saturates(grid.bits, config)
+    return PAIR_LIMIT if saturates else None
 
 
 def _bounded(bits: Bits, pruning: Pruning, grid: ActivationGrid | None, moments: Moments, config: Config) -> Bits:
@@ -268,5 +268,9 @@ def _bounded(bits: Bits, pruning: Pruning, grid: ActivationGrid | None, moments:
 
 def largest_code(activation_bits: int | None, config: Config) -> int:
     """That a code times its multiplier may be: two neighbours of it do not saturate."""
-    saturates = activation_bits == 8 and TARGETS[config.target].pair_safe
-    return PAIR_LIMIT // 2 if saturates else LARGEST_CODE
+    return PAIR_LIMIT // 2 if _saturates(activation_bits, config) else LARGEST_CODE
+
+
+def _saturates(activation_bits: int | None, config: Config) -> bool:
+    """Whether sums of two products of int8 codes with such inputs may be too large for 16 bits."""
+    return activation_bits == 8 and TARGETS[config.target].pair_safe

@@ -211,8 +211,10 @@ def _errors(task: Task, row: Sequence[int], moments: Moments) -> list[float]:
     channels = most.weight.shape[-1] * most.blocks // task.layer.kernel_size
 
     def at(bits: int) -> LayerProblem:
+        if bits == most.bits:
+            return most
         vectors = vectors_of(task.layer, channels, replace(task.bits, weight=bits))
-        return most if bits == most.bits else replace(most, bits=bits, pair_limit=None, vectors=vectors)
+        return replace(most, bits=bits, pair_limit=None, vectors=vectors)
 
     problems = map(at, row)
     solve = SOLVERS[NEARLY.get(task.method, task.method)].solve
