@@ -26,8 +26,8 @@ from onnx_lwdf.errors import ModelError
 from onnx_lwdf.gates import Span
 from onnx_lwdf.gradients import Sensitivities, sensitivities
 from onnx_lwdf.graph import Graph
-from onnx_lwdf.layers import Bits, Layer, find_layers, from_canonical, output_axis, run_shape, shape_of
-from onnx_lwdf.layerwise import Solved, solve_layers
+from onnx_lwdf.layers import Bits, Layer, committed, from_canonical, output_axis, run_shape, shape_of
+from onnx_lwdf.layerwise import Solved, pair_limits, solve_layers
 from onnx_lwdf.mapped import Scratch
 from onnx_lwdf.model_io import Source, add_provenance
 from onnx_lwdf.precision import halve, restore
@@ -36,6 +36,7 @@ from onnx_lwdf.precondition.channels import ChannelGroup, find_groups
 from onnx_lwdf.precondition.copies import copy_channels
 from onnx_lwdf.precondition.equalization import transform_groups
 from onnx_lwdf.precondition.norms import mean_shifts, take_up
+from onnx_lwdf.precondition.order import order_channels
 from onnx_lwdf.precondition.readers import beside_gates
 from onnx_lwdf.preparation import Prepared, prepare
 from onnx_lwdf.pruning import plan_pruning, share_budget
@@ -192,9 +193,7 @@ def _solve(source: Source, prepared: Prepared, chunks: Sequence[Feed], config: C
     samples, statistics, gradients = transform_groups(graph, groups, plan, samples, statistics, gradients, pixels)
     spans: Mapping[str, Span] = {}
     if any(group.written or group.read for group in groups):  # there may be new nodes
-        graph.commit()
-        found = {layer.name: layer for layer in find_layers(graph)[0]}
-        layers = [found[layer.name] for layer in layers]
+        layers = committed(graph, layers)
         spans = beside_gates(graph, find_groups(graph, layers), samples, statistics).spans
     on_layer(Progress("precondition", "", 1, 1))
 
@@ -206,6 +205,8 @@ def _solve(source: Source, prepared: Prepared, chunks: Sequence[Feed], config: C
         copied = copy_channels(graph, layers, groups, grids, samples, statistics, gradients, chunks[0])
         layers, samples, statistics = copied.layers, copied.samples, copied.statistics
         notes |= copied.notes
+        limits = pair_limits(graph, layers, plan, grids, config)
+        layers, samples, statistics = order_channels(graph, layers, limits, samples, statistics, chunks[0])
         sizes = _sizes(source, graph, layers, sites, config)
     tradeoff: tuple[Point, ...] = ()
     if config.auto_bits:

@@ -140,6 +140,13 @@ def find_layers(graph: Graph, exclude: Iterable[str] = ()) -> tuple[list[Layer],
     return layers, skipped
 
 
+def committed(graph: Graph, layers: Iterable[Layer]) -> list[Layer]:
+    """The same layers after the graph's edits were written to its model."""
+    graph.commit()
+    found = {layer.name: layer for layer in find_layers(graph)[0]}
+    return [found[layer.name] for layer in layers]
+
+
 def matches(pattern: str, name: str, op: str) -> bool:
     """Whether a glob names this node, by its name or by its op type."""
     return fnmatch.fnmatchcase(name, pattern) or fnmatch.fnmatchcase(op, pattern)

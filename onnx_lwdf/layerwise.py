@@ -22,7 +22,7 @@ from onnx_lwdf.activations.taps import Samples
 from onnx_lwdf.config import TARGETS, Config
 from onnx_lwdf.graph import Graph
 from onnx_lwdf.grid import storable
-from onnx_lwdf.layers import ALL, Bits, Layer, Pruning, bias_of, blocks, vectors_of, weight_of
+from onnx_lwdf.layers import ALL, Bits, Layer, Pruning, bias_of, blocks, is_depthwise, shape_of, vectors_of, weight_of
 from onnx_lwdf.ranges import ActivationGrid
 from onnx_lwdf.runtime import trim
 from onnx_lwdf.solvers import SOLVERS
@@ -137,7 +137,7 @@ def pose(
         bits=bits.weight,
         scale_floor=np.repeat(_scale_floor(weight, bias, grid), moments.blocks, axis=0),
         kernel=kernel,
-        pair_limit=_pair_limit(weight, kernel, bits.weight, grid, config),
+        pair_limit=_pair_limit(graph, layer, bits.weight, grid, config),
         sparsity=pruning.sparsity,
         nm=pruning.nm,
         vectors=vectors_of(layer, weight.shape[-1] // kernel, bits),
@@ -248,9 +248,25 @@ def _scale_floor(weight: F64, bias: F64, grid: ActivationGrid | None) -> F64:
     return np.abs(bias).reshape(groups, out) / (grid.scale * LARGEST_BIAS)
 
 
-def _pair_limit(weight: F64, kernel: int, bits: int | None, grid: ActivationGrid | None, config: Config) -> int | None:
+def pair_limits(
+    graph: Graph, layers: Sequence[Layer], plan: Mapping[str, Bits], grids: Mapping[str, ActivationGrid], config: Config
+) -> dict[str, int]:
+    """Of the layers, by name, that have one at these bits: what two neighbouring codes may add up to."""
+    asked = {layer.name: plan[layer.name] for layer in layers}
+    found = {
+        layer.name: _pair_limit(
+            graph, layer, asked[layer.name].weight, grids[layer.input] if asked[layer.name].activation else None, config
+        )
+        for layer in layers
+    }
+    return {name: limit for name, limit in found.items() if limit is not None}
+
+
+def _pair_limit(
+    graph: Graph, layer: Layer, bits: int | None, grid: ActivationGrid | None, config: Config
+) -> int | None:
     """Only 8-bit codes need it (`largest_code` bounds the products of fewer), and onnxruntime's depthwise kernels do not."""
-    depthwise = weight.shape[0] > 1 and weight.shape[1:] == (1, kernel)
+    depthwise = is_depthwise(graph, layer) and shape_of(graph, layer)[1] == 1
     saturates = bits == 8 and not depthwise and grid is not None and _saturates(grid.bits, config)
     return PAIR_LIMIT if saturates else None
 

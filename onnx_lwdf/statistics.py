@@ -44,8 +44,8 @@ class ChannelStatistics:
         gamma = None if self.gamma is None else size * self.gamma
         return ChannelStatistics(scale * self.mean + shift, size * self.deviation, gamma)
 
-    def of(self, kept: npt.NDArray[np.bool_]) -> ChannelStatistics:
-        """Of the channels that are kept [channels]."""
+    def of(self, kept: npt.NDArray[np.bool_] | npt.NDArray[np.int64]) -> ChannelStatistics:
+        """Of these channels: a mask, or their places."""
         return ChannelStatistics(
             self.mean[kept], self.deviation[kept], None if self.gamma is None else self.gamma[kept]
         )

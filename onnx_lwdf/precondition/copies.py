@@ -29,7 +29,7 @@ from onnx_lwdf.activations.taps import Feed, Samples, tensor_shapes
 from onnx_lwdf.channels.surgery import correct_shapes, set_groups
 from onnx_lwdf.gradients import Sensitivities, strengths
 from onnx_lwdf.graph import Graph
-from onnx_lwdf.layers import Layer, bias_of, find_layers, is_depthwise, output_axis, set_bias, shape_of
+from onnx_lwdf.layers import Layer, bias_of, committed, is_depthwise, output_axis, set_bias, shape_of
 from onnx_lwdf.precondition.channels import ChannelGroup
 from onnx_lwdf.ranges import F64, ActivationGrid
 from onnx_lwdf.sites import behind_activation, clip_bounds
@@ -98,9 +98,7 @@ def copy_channels(
             notes[first.name] = (
                 f"{int((count > 1).sum())} of {path.channels} channels copied, {int(count.sum())} in all"
             )
-    graph.commit()
-    named = {layer.name: layer for layer in find_layers(graph)[0]}
-    return Copied([named[layer.name] for layer in layers], samples, statistics, notes)
+    return Copied(committed(graph, layers), samples, statistics, notes)
 
 
 def find_paths(graph: Graph, groups: Sequence[ChannelGroup], grids: Mapping[str, ActivationGrid]) -> list[Path]:
