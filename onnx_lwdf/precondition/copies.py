@@ -12,6 +12,7 @@ a Relu's corner, and for what an offset leaves behind a padded border: less than
 
 Which channels, and how often: copies that take most noise from the model's outputs, by their gradients, for their price,
 the share that they add to the network's multiplications and to its weights, as long as they take a larger share of the noise.
+What is of b bits counts b / 8 of that.
 """
 
 from __future__ import annotations
@@ -36,7 +37,7 @@ from onnx_lwdf.sites import behind_activation, clip_bounds
 from onnx_lwdf.statistics import Statistics
 
 MOST_COPIES = 4  # of one channel
-MOST_ADDED = 0.05  # to the network's multiplications and weights, both shares together
+MOST_ADDED = 0.05  # to the network's multiplications and weights, both shares together, where all are of 8 bits
 
 Indices = npt.NDArray[np.int64]
 F32 = npt.NDArray[np.float32]
@@ -88,7 +89,7 @@ def copy_channels(
         return Copied(layers, samples, statistics, {})
     found = [np.sum([noise[name] for name in _made(graph, path)], axis=0) for path in paths]
     shares = _shares(graph, layers, feed)
-    prices = [sum(shares[layer.name] for layer in (*path.writers, *path.readers)) / path.channels for path in paths]
+    prices = [_price(graph, path, shares, grids) for path in paths]
     counts = choose(found, prices, sum(float(one.sum()) for one in noise.values()))
     notes: dict[str, str] = {}
     for path, count in zip(paths, counts, strict=True):
@@ -145,6 +146,12 @@ def _noise(samples: Samples, grid: ActivationGrid, gradient: F64, name: str) -> 
     if len(exact) != len(gradient):
         return np.zeros(0)
     return np.asarray((grid.quantize(exact) - exact).var(1) * strengths(gradient))
+
+
+def _price(graph: Graph, path: Path, shares: Mapping[str, float], grids: Mapping[str, ActivationGrid]) -> float:
+    """Of one more channel, as a share of a network of 8 bits; `shares` are those of whole layers."""
+    share = sum(shares[layer.name] for layer in (*path.writers, *path.readers)) / path.channels
+    return share * max(grids[name].bits for name in _made(graph, path)) / 8
 
 
 def choose(noise: Sequence[F64], prices: Sequence[float], total: float) -> list[Indices]:

@@ -24,7 +24,7 @@ from onnx_lwdf.activations.taps import Feed, Samples, tensor_shapes
 from onnx_lwdf.channels.groups import Group, find_groups
 from onnx_lwdf.channels.ties import Ties, tie_channels
 from onnx_lwdf.graph import Graph
-from onnx_lwdf.layers import Layer, bias_of, blocks, committed, set_bias, set_weight, shape_of, weight_of
+from onnx_lwdf.layers import Layer, bias_of, committed, set_bias, set_weight, shape_of, weight_of
 from onnx_lwdf.ranges import F64
 from onnx_lwdf.statistics import Statistics
 
@@ -55,8 +55,8 @@ def order_channels(
         readers = [layer for layer in group.readers if layer.name in limits and _in_pairs(graph, layer, group)]
         if not readers or not is_free(group, ties, samples):
             continue
-        costs = sum(_costs_of(graph, layer, group, limits[layer.name], samples) for layer in readers)
-        orders = placed(orders, ties, group.units, pair_up(np.asarray(costs)))
+        costs = np.sum([_costs_of(graph, layer, group, limits[layer.name], samples) for layer in readers], axis=0)
+        orders = placed(orders, ties, group.units, pair_up(costs))
     samples, statistics = rearranged(graph, layers, ties, orders, samples, statistics)
     return committed(graph, layers), samples, statistics
 
@@ -100,13 +100,12 @@ def _in_pairs(graph: Graph, layer: Layer, group: Group) -> bool:
 def _costs_of(graph: Graph, layer: Layer, group: Group, limit: int, samples: Samples) -> F64:
     """[units, units]: what two of the group's channels cost the layer as neighbours."""
     columns, moments = group.columns[layer.name], samples.moments[layer.name]
-    variance = np.einsum("gii->gi", moments.hessian).ravel() - moments.mean.ravel() ** 2
+    variance = np.maximum(np.einsum("gii->gi", moments.hessian).ravel() - moments.mean.ravel() ** 2, 0.0)
+    weight = weight_of(graph, layer)[0]
+    scale = np.abs(weight).max(1) / LARGEST_CODE
     total = np.zeros((len(columns), len(columns)))
-    for rows in blocks(graph, layer):
-        weight = weight_of(graph, layer, rows)[0]
-        scale = np.abs(weight).max(1, keepdims=True) / LARGEST_CODE
-        for place in columns.T:  # at one kernel position
-            total += pair_costs(weight[:, place], scale[:, 0], np.maximum(variance[place], 0.0), limit)
+    for places in columns.T:  # at one kernel position
+        total += pair_costs(weight[:, places], scale, variance[places], limit)
     return total
 
 

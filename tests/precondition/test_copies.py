@@ -186,3 +186,14 @@ def test_excited_channels_are_not_copied(monkeypatch):
     grids = {name: ActivationGrid(0.1, 0, 8) for name in ("b", "d", "t", "q", "f")}
     assert copies.find_paths(graph, find_groups(graph, layers), grids) == []
     assert onnx_lwdf.compress(model, bits=8, samples=16, input_mean=[0.0], input_std=[255.0]).report.compressed
+
+
+def test_copies_of_fewer_bits_cost_less():
+    graph, layers, grids, _, _ = parts(0.1)
+    (path,) = copies.find_paths(graph, find_groups(graph, layers), grids)
+    shares = {layer.name: 0.1 for layer in layers}
+    prices = [
+        copies._price(graph, path, shares, {name: ActivationGrid(grid.scale, 0, bits) for name, grid in grids.items()})
+        for bits in (8, 4)
+    ]
+    assert prices == pytest.approx([3 * 0.1 / 6, 3 * 0.1 / 12])  # two layers make the six channels, one reads them
