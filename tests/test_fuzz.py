@@ -9,10 +9,15 @@ import os
 
 import numpy as np
 import onnx
+import pytest
 from hypothesis import HealthCheck, given, settings
 from onnx import numpy_helper
 
 import onnx_lwdf
+import onnx_lwdf.activations.images
+import onnx_lwdf.activations.inputs
+import tests.networks
+from onnx_lwdf import activations
 from onnx_lwdf.config import Config
 from onnx_lwdf.preparation import prepare
 from onnx_lwdf.runtime import Array, open_session, run
@@ -29,6 +34,24 @@ fuzz = settings(
 )
 BATCHES = 16
 LAYERS = ("Conv", "ConvTranspose", "Gemm", "MatMul")
+
+
+@pytest.fixture(autouse=True, scope="module")
+def images_are_remembered():
+    """Inputs have some hundred shapes, and their images come from few seeds: each draw is made once, half of the time saved."""
+    drawn: dict[str, tuple[Array, dict[str, object]]] = {}
+
+    def scenes(count: int, channels: int, height: int, width: int, rng: np.random.Generator) -> Array:
+        key = f"{(count, channels, height, width)} {rng.bit_generator.state}"
+        if key not in drawn:
+            drawn[key] = activations.images.scenes(count, channels, height, width, rng), rng.bit_generator.state
+        made, rng.bit_generator.state = drawn[key]
+        return made.copy()
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(activations.inputs, "scenes", scenes)
+        patch.setattr(tests.networks, "scenes", scenes)
+        yield
 
 
 def feeds_of(model: onnx.ModelProto, seed: int = 1) -> dict[str, Array]:
