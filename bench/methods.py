@@ -80,6 +80,10 @@ def _no_gradients(*_: object) -> Mapping[str, Any]:
     return {}
 
 
+def _no_order(graph: object, layers: object, limits: object, samples: object, statistics: object, feed: object) -> Any:
+    return layers, samples, statistics
+
+
 def _not_stretched(group: object, ceiling: float, samples: object, known: object, bound: object) -> list[Transform]:
     return []
 
@@ -88,14 +92,17 @@ UNWIDENED: Replacement = (calibration, "REACH", 1.0)
 OBSERVED: Sequence[Replacement] = ((calibration, "search_grid", _observed_range), UNWIDENED)
 UNCORRECTED: Replacement = (layerwise, "mean_correction", _no_correction)
 LOCAL: Replacement = (STEPS, "sensitivities", _no_gradients)
+UNORDERED: Replacement = (STEPS, "order_channels", _no_order)
 UNTRANSFORMED: Sequence[Replacement] = (
     (STEPS, "transform_groups", _no_transform),
     LOCAL,
+    UNORDERED,
 )
 EQUALIZED: Sequence[Replacement] = (
     (channels, "MOST_CHANNELS", 0),  # of matrix transforms: diagonals remain
     (candidates, "_stretched", _not_stretched),
     LOCAL,
+    UNORDERED,
 )
 
 ONE_SCALE: Mapping[str, Any] = {"vector_size": 0}  # per output channel: rtn and squant know no other grid
