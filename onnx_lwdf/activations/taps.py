@@ -106,15 +106,21 @@ def replace_aligned(graph: Graph, tensor: str, align: Align, known: ChannelStati
 
 
 def tensor_shapes(model: onnx.ModelProto, tensors: Iterable[str], feed: Feed) -> dict[str, tuple[int, ...]]:
-    """The shapes of tensors, seen in one run of as few samples as the model takes: works where shape inference does not."""
+    """The shapes of tensors, seen in one run of as few samples as the model takes: works where shape inference does not.
+
+    What is no tensor but a sequence of them, say, has none.
+    """
     names = list(dict.fromkeys(tensors))
     inputs = [name for name in names if name in feed]
     wanted = [name for name in names if name not in feed]
     fixed = {info.name: info.type.tensor_type.shape.dim[:1] for info in model.graph.input}
     fewest = {name: max([1, *(dim.dim_value for dim in dims)]) for name, dims in fixed.items()}  # -1: open, for some
     single = {name: value[: fewest[name]] if value.ndim else value for name, value in feed.items()}
-    values = run(open_session(copy_of(model, wanted)), single, wanted) if wanted else []
-    shapes = {name: value.shape for name, value in zip(wanted, values, strict=True)}
+    shapes = {}
+    if wanted:
+        session = open_session(copy_of(model, wanted))
+        found = [value.name for value in session.get_outputs() if value.type.startswith("tensor(")]
+        shapes = {name: value.shape for name, value in zip(found, run(session, single, found), strict=True)}
     return shapes | {name: single[name].shape for name in inputs}
 
 

@@ -18,7 +18,7 @@ from onnx_lwdf.graph import Graph
 from onnx_lwdf.layers import committed, find_layers, weight_of
 from onnx_lwdf.precondition import order
 from tests.channels.nets import other_twins, twins
-from tests.nets import answers, samples, with_weights
+from tests.nets import answers, samples, sqnr_db, with_weights
 from tests.networks import networks
 from tests.test_fuzz import feeds_of
 
@@ -183,3 +183,17 @@ def test_grids_are_finer_on_kernels_that_saturate(monkeypatch):
     monkeypatch.setattr(order, "MOST_CHANNELS", 0)
     np.testing.assert_array_equal(np.sort(scales(target="x86-vnni")), free)
     assert free.mean() <= found < 0.9 * scales().mean()
+
+
+def test_sequences_have_no_channels_and_stop_nothing():
+    """Of unlike tensors: no array holds them."""
+    text = NET.replace(
+        "e = Relu (r)", "s = SplitToSequence <axis = 1> (r, parts) i = ConcatFromSequence <axis = 1> (s) e = Relu (i)"
+    )
+    model = onnx.parser.parse_model(text)
+    model.graph.initializer.extend(heavy().graph.initializer)
+    model.graph.initializer.append(onnx.numpy_helper.from_array(np.array([5, 7]), "parts"))
+    result = onnx_lwdf.compress(model, bits=8, samples=16, input_mean=[0.0], input_std=[255.0], jobs=1)
+    assert len(result.report.compressed) == 4
+    feeds = {"x": np.random.default_rng(1).uniform(0, 1, (8, 3, 10, 10)).astype(np.float32)}
+    assert sqnr_db(answers(model, feeds)[0], answers(result.model, feeds)[0]) > 20
