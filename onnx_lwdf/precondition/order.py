@@ -111,15 +111,20 @@ def _costs_of(graph: Graph, layer: Layer, group: Group, limit: int, samples: Sam
 
 def pair_costs(weight: F64, scale: F64, variance: F64, limit: int) -> F64:
     """The formula above, [channels, channels]; weight [filters, channels], scale [filters], variance [channels]."""
-    total = np.zeros((weight.shape[1], weight.shape[1]))
+    total = np.zeros((weight.shape[1], weight.shape[1]), np.float32)  # which halves the time, and orders need no more
     for row, step in zip(weight, scale, strict=True):
         if step == 0:
             continue
-        codes = row / step
+        codes = (row / step).astype(np.float32)
         large = np.flatnonzero(np.abs(codes) > limit / 2)  # one of the two is
-        over = np.maximum(np.abs(codes[large, None] + codes) - limit, 0.0) ** 2
+        over = codes[large, None] + codes
+        np.abs(over, out=over)
+        over -= np.float32(limit)
+        np.maximum(over, 0, out=over)
+        over *= over
+        over *= np.float32(step**2)
         over[:, large] /= 2  # met from both sides
-        total[large] += step**2 * over
+        total[large] += over
     sums = variance[:, None] + variance
     shared = variance[:, None] * variance / np.where(sums > 0, sums, 1.0)
     return np.asarray((total + total.T) * shared)
