@@ -166,7 +166,7 @@ def sources(graph: Graph, layers: Iterable[Layer]) -> dict[str, frozenset[str]]:
 ALL = slice(None)
 
 
-def weight_of(graph: Graph, layer: Layer, rows: slice = ALL) -> Array:
+def weight_of(graph: Graph, layer: Layer, rows: slice | Array = ALL) -> Array:
     """The layer's weight in canonical form, float64 [groups, out, in], or these output channels of each group."""
     return _canonical(graph, layer)[:, rows].astype(np.float64)
 

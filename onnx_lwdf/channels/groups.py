@@ -28,7 +28,7 @@ class Group:
 
 def find_groups(graph: Graph, layers: Sequence[Layer], ties: Ties) -> list[Group]:
     """Every group that a layer writes, in the order of the graph."""
-    written = np.zeros(1 + max((int(u.max()) for u in ties.units.values()), default=0), bool)
+    written = np.zeros(1 + max((int(u.max()) for u in ties.units.values() if u.size), default=0), bool)
     for layer in layers:
         if layer.node.output[0] in ties.units:
             written[ties.units[layer.node.output[0]]] = True

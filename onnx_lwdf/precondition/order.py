@@ -24,7 +24,7 @@ from onnx_lwdf.activations.taps import Feed, Samples, tensor_shapes
 from onnx_lwdf.channels.groups import Group, find_groups
 from onnx_lwdf.channels.ties import Ties, tie_channels
 from onnx_lwdf.graph import Graph
-from onnx_lwdf.layers import Layer, bias_of, committed, set_bias, set_weight, shape_of, weight_of
+from onnx_lwdf.layers import Layer, bias_of, blocks, change_weight, committed, set_bias, set_weight, shape_of, weight_of
 from onnx_lwdf.ranges import F64
 from onnx_lwdf.statistics import Statistics
 
@@ -44,9 +44,9 @@ def order_channels(
 ) -> tuple[Sequence[Layer], Samples, Statistics]:
     """The layers with what those with a pair limit (`limits`, by name) read in another order; samples and statistics of it.
 
-    The graph is edited in place; one too large for memory stays as it is. `feed`: one that the model runs on.
+    The graph is edited in place. `feed`: one that the model runs on.
     """
-    if not limits or graph.scratch is not None:
+    if not limits:
         return layers, samples, statistics
     made = [name for node in graph.nodes for name in node.output if name and graph.constant(name) is None]
     ties = tie_channels(graph, layers, tensor_shapes(graph.snapshot(), [*graph.inputs, *made], feed))
@@ -101,11 +101,12 @@ def _costs_of(graph: Graph, layer: Layer, group: Group, limit: int, samples: Sam
     """[units, units]: what two of the group's channels cost the layer as neighbours."""
     columns, moments = group.columns[layer.name], samples.moments[layer.name]
     variance = np.maximum(np.einsum("gii->gi", moments.hessian).ravel() - moments.mean.ravel() ** 2, 0.0)
-    weight = weight_of(graph, layer)[0]
-    scale = np.abs(weight).max(1) / LARGEST_CODE
     total = np.zeros((len(columns), len(columns)))
-    for places in columns.T:  # at one kernel position
-        total += pair_costs(weight[:, places], scale, variance[places], limit)
+    for rows in blocks(graph, layer):
+        weight = weight_of(graph, layer, rows)[0]
+        scale = np.abs(weight).max(1) / LARGEST_CODE
+        for places in columns.T:  # at one kernel position
+            total += pair_costs(weight[:, places], scale, variance[places], limit)
     return total
 
 
@@ -190,18 +191,7 @@ def rearranged(
         read, written = (orders.get(name) for name in (layer.input, layer.node.output[0]))
         if read is None and written is None:
             continue
-        weight = weight_of(graph, layer)
-        if layer.groups > 1:  # depthwise: of others all channels stay
-            assert read is not None, layer.name
-            weight, moments[layer.name] = weight[read], moments[layer.name].of(read)
-        else:
-            if read is not None:
-                columns = (np.arange(layer.kernel_size)[:, None] * len(read) + read).ravel()
-                weight = weight[:, :, columns]
-                moments[layer.name] = _reordered(moments[layer.name], columns if layer.op == "Conv" else read)
-            if written is not None:
-                weight = weight[:, written]
-        set_weight(graph, layer, weight)
+        moments[layer.name] = _reorder(graph, layer, moments[layer.name], read, written)
         if written is not None and layer.bias is not None:
             set_bias(graph, layer, bias_of(graph, layer)[written])
     biased = {id(layer.bias[0]) for layer in layers if layer.bias is not None}
@@ -216,6 +206,18 @@ def rearranged(
     return replace(samples, moments=moments, values=values), known
 
 
-def _reordered(moments: Moments, columns: Indices) -> Moments:
-    """Those of a full layer's columns in another order."""
-    return Moments(moments.mean[:, columns], moments.hessian[:, columns[:, None], columns], moments.doubt)
+def _reorder(graph: Graph, layer: Layer, moments: Moments, read: Indices | None, written: Indices | None) -> Moments:
+    """The layer's moments, its weight written with its channels in these orders."""
+    if layer.groups > 1:  # depthwise: of others all channels stay
+        assert read is not None, layer.name
+        set_weight(graph, layer, weight_of(graph, layer)[read])
+        return moments.of(read)
+    _, outputs, inputs = shape_of(graph, layer)
+    rows = np.arange(outputs) if written is None else written
+    channels = np.arange(inputs // layer.kernel_size) if read is None else read
+    columns = (np.arange(layer.kernel_size)[:, None] * len(channels) + channels).ravel()
+    change_weight(graph, layer, lambda block: weight_of(graph, layer, rows[block])[:, :, columns])
+    if read is None:
+        return moments
+    places = columns if layer.op == "Conv" else read
+    return Moments(moments.mean[:, places], moments.hessian[:, places[:, None], places], moments.doubt)
