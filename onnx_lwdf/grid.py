@@ -31,6 +31,7 @@ PLACES = (0.0, 0.5, 1.0)
 VECTOR_STEPS, REFITS = 6, 3
 HELD_SHARE = 0.8  # of a run's largest weight, that its first multiplier holds
 REFIT_FACTORS = (0.94, 0.98, 1.02, 1.06)
+LARGEST_CODE = 127  # of int8, and of its negative too
 MOST_ASYMMETRIC_BITS = 6  # two such codes of any sign add up to 126 at most, within the pair limit of 128
 # A weight with less than this share of its channel's energy met nothing in the samples that would show what it does.
 NEGLIGIBLE = 1e-8

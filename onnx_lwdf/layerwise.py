@@ -21,7 +21,7 @@ from onnx_lwdf.activations.moments import Moments
 from onnx_lwdf.activations.taps import Samples
 from onnx_lwdf.config import TARGETS, Config
 from onnx_lwdf.graph import Graph
-from onnx_lwdf.grid import storable
+from onnx_lwdf.grid import LARGEST_CODE, storable
 from onnx_lwdf.layers import ALL, Bits, Layer, Pruning, bias_of, blocks, is_depthwise, shape_of, vectors_of, weight_of
 from onnx_lwdf.ranges import ActivationGrid
 from onnx_lwdf.runtime import trim
@@ -35,7 +35,6 @@ F64 = np.ndarray[tuple[int, ...], np.dtype[np.float64]]
 AUTO_METHOD, AUTO_PRUNING, AUTO_BLIND = "descent", "obs", "squant"
 # The bias takes up the mean error of rounding. A tenth stays in H: other images have other means, and padding has none.
 MEAN_SHARE = 0.1
-LARGEST_CODE = 127
 PAIR_LIMIT = 128  # 255 * 128 = 32640 < 32767, the sum of two products in vpmaddubsw
 LARGEST_BIAS = 2.0**30  # codes of an int32 bias, with room for rounding
 
@@ -252,14 +251,13 @@ def pair_limits(
     graph: Graph, layers: Sequence[Layer], plan: Mapping[str, Bits], grids: Mapping[str, ActivationGrid], config: Config
 ) -> dict[str, int]:
     """Of the layers, by name, that have one at these bits: what two neighbouring codes may add up to."""
-    asked = {layer.name: plan[layer.name] for layer in layers}
-    found = {
-        layer.name: _pair_limit(
-            graph, layer, asked[layer.name].weight, grids[layer.input] if asked[layer.name].activation else None, config
-        )
-        for layer in layers
-    }
-    return {name: limit for name, limit in found.items() if limit is not None}
+    found = {}
+    for layer in layers:
+        bits = plan[layer.name]
+        grid = grids[layer.input] if bits.activation is not None else None
+        if (limit := _pair_limit(graph, layer, bits.weight, grid, config)) is not None:
+            found[layer.name] = limit
+    return found
 
 
 def _pair_limit(

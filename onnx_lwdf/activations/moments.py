@@ -34,6 +34,10 @@ class Moments:
         """Of these groups: a mask, or their places. (Layers of several groups have no blocks.)"""
         return Moments(self.mean[groups], self.hessian[groups], self.doubt[groups])
 
+    def inputs(self, columns: npt.NDArray[np.bool_] | Indices) -> Moments:
+        """Of these inputs of every group: a mask, or their places. (Not of layers that have blocks.)"""
+        return Moments(self.mean[:, columns], self.hessian[:, columns][:, :, columns], self.doubt)
+
     @property
     def covariance(self) -> F64:
         """[groups, in, in] around the mean, what chance made of its off-diagonal taken away by shrinking it.

@@ -7,14 +7,14 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from onnx_lwdf.activations.taps import Feed, Samples, tensor_shapes
+from onnx_lwdf.activations.taps import Feed, Samples
 from onnx_lwdf.channels.allocation import Curve, allocate, most_removed
 from onnx_lwdf.channels.elimination import Elimination, Reader, eliminate
 from onnx_lwdf.channels.groups import Group, find_groups
 from onnx_lwdf.channels.sensitivity import sensitivities
 from onnx_lwdf.channels.spread import pooled_sources, spread
 from onnx_lwdf.channels.surgery import CutLayer, Mask, cut
-from onnx_lwdf.channels.ties import Ties, tie_channels
+from onnx_lwdf.channels.ties import Ties, ties_of
 from onnx_lwdf.errors import ModelError
 from onnx_lwdf.graph import Graph
 from onnx_lwdf.layers import Layer, output_channels, weight_of
@@ -48,8 +48,7 @@ def prune_channels(
     A channel that runs through depthwise layers, sums and concatenations counts once. The feed is one the model runs on.
     Raises ModelError where no channel can go.
     """
-    made = [name for node in graph.nodes for name in node.output if name and graph.constant(name) is None]
-    ties = tie_channels(graph, layers, tensor_shapes(graph.snapshot(), [*graph.inputs, *made], feed))
+    ties = ties_of(graph, layers, feed)
     groups = find_groups(graph, layers, ties)
     free = [group for group in groups if not group.reason]
     if not free:

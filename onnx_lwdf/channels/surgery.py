@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 import numpy.typing as npt
 
-from onnx_lwdf.activations.moments import Moments
+from onnx_lwdf.activations.moments import Indices, Moments
 from onnx_lwdf.activations.taps import Samples
 from onnx_lwdf.channels.elimination import left_over, refit, restore
 from onnx_lwdf.channels.ties import CHANNEL_AXIS, Ties
@@ -47,13 +47,7 @@ def cut(
     `spreads` holds for every full layer's name how its input varies, [in, in].
     """
     done = [_cut_layer(graph, layer, samples.moments[layer.name], spreads, kept) for layer in layers]
-    biased = {id(layer.bias[0]) for layer in layers if layer.bias is not None}
-    for place in ties.cuts:
-        if id(place.node) not in biased and not kept[place.tensor].all():
-            name = place.node.input[place.index]
-            value = graph.constant(name)
-            assert value is not None, name
-            graph.set_input(place.node, place.index, value.compress(kept[place.tensor], place.axis), name)
+    take_constants(graph, layers, ties, {name: np.flatnonzero(mask) for name, mask in kept.items() if not mask.all()})
     for node, tensor in ties.targets:
         target = graph.constant(node.input[1])
         assert target is not None, node.input[1]
@@ -65,6 +59,17 @@ def cut(
     cut_tensors = {name for name, mask in kept.items() if not mask.all()}  # of the others axis 1 may hold no channels
     values = {name: value[kept[name]] if name in cut_tensors else value for name, value in samples.values.items()}
     return done, replace(samples, moments={**samples.moments, **moments}, values=values)
+
+
+def take_constants(graph: Graph, layers: Sequence[Layer], ties: Ties, places: Mapping[str, Indices]) -> None:
+    """Leave of every constant with one value per channel those at these places, tensor -> [channels]; biases stay."""
+    biased = {id(layer.bias[0]) for layer in layers if layer.bias is not None}
+    for one in ties.cuts:
+        if id(one.node) not in biased and one.tensor in places:
+            name = one.node.input[one.index]
+            value = graph.constant(name)
+            assert value is not None, name
+            graph.set_input(one.node, one.index, value.take(places[one.tensor], one.axis), name)
 
 
 def _cut_layer(
@@ -91,8 +96,7 @@ def _cut_layer(
     if layer.bias is not None and (bias.any() or _has_bias(layer)):
         set_bias(graph, layer, bias[written])
     predicted = None if read.all() else _decibels(rows, smaller, spread, columns)
-    inside = Moments(moments.mean[:, columns], moments.hessian[:, columns][:, :, columns], moments.doubt)
-    return CutLayer(layer, inside, removed, predicted)
+    return CutLayer(layer, moments.inputs(columns), removed, predicted)
 
 
 def _cut_depthwise(graph: Graph, layer: Layer, read: Mask, written: Mask) -> Layer:

@@ -17,6 +17,7 @@ import numpy as np
 import numpy.typing as npt
 import onnx
 
+from onnx_lwdf.activations.taps import Feed, tensor_shapes
 from onnx_lwdf.graph import Graph, attribute, node_name
 from onnx_lwdf.layers import Layer
 
@@ -44,6 +45,12 @@ class Ties:
     reasons: Mapping[int, str]  # unit -> why it stays
     cuts: Sequence[Cut]
     targets: Sequence[tuple[onnx.NodeProto, str]]  # Reshapes that name the number of channels of this output
+
+
+def ties_of(graph: Graph, layers: Sequence[Layer], feed: Feed) -> Ties:
+    """The ties of all tensors, whose shapes one run tells; the feed is one that the model runs on."""
+    made = [name for node in graph.nodes for name in node.output if name and graph.constant(name) is None]
+    return tie_channels(graph, layers, tensor_shapes(graph.snapshot(), [*graph.inputs, *made], feed))
 
 
 def tie_channels(graph: Graph, layers: Sequence[Layer], shapes: Shapes) -> Ties:

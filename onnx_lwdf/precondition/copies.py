@@ -25,7 +25,6 @@ from dataclasses import dataclass, replace
 import numpy as np
 import numpy.typing as npt
 
-from onnx_lwdf.activations.moments import Moments
 from onnx_lwdf.activations.taps import Feed, Samples, tensor_shapes
 from onnx_lwdf.channels.surgery import correct_shapes, set_groups
 from onnx_lwdf.gradients import Sensitivities, strengths
@@ -222,9 +221,7 @@ def _copy(
         _take(graph, layer, order, 1 - output_axis(layer), share)
         channels = len(counts)
         columns = (np.arange(layer.kernel_size)[:, None] * channels + order).ravel()
-        old = moments[layer.name]
-        inside = old.hessian[:, columns[:, None], columns]
-        moments[layer.name] = Moments(old.mean[:, columns], inside, old.doubt)
+        moments[layer.name] = moments[layer.name].inputs(columns)
     correct_shapes(graph, dict.fromkeys(tensors, len(order)))
     known = {name: value.of(order) if name in tensors else value for name, value in statistics.items()}
     return replace(samples, moments=moments, values=values), known

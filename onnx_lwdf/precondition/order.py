@@ -17,21 +17,21 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
 import numpy as np
-import numpy.typing as npt
 
-from onnx_lwdf.activations.moments import Moments
-from onnx_lwdf.activations.taps import Feed, Samples, tensor_shapes
+from onnx_lwdf.activations.moments import Indices, Moments
+from onnx_lwdf.activations.taps import Feed, Samples
 from onnx_lwdf.channels.groups import Group, find_groups
-from onnx_lwdf.channels.ties import Ties, tie_channels
+from onnx_lwdf.channels.surgery import take_constants
+from onnx_lwdf.channels.ties import Ties, ties_of
 from onnx_lwdf.graph import Graph
+from onnx_lwdf.grid import LARGEST_CODE
 from onnx_lwdf.layers import Layer, bias_of, blocks, change_weight, committed, set_bias, set_weight, shape_of, weight_of
 from onnx_lwdf.ranges import F64
 from onnx_lwdf.statistics import Statistics
 
 MOST_CHANNELS = 2048  # of one set: costs are a matrix of them
-LARGEST_CODE = 127
 
-Indices = npt.NDArray[np.int64]
+Slots = Mapping[str, Indices]  # tensor -> [units, channels of each]
 
 
 def order_channels(
@@ -48,38 +48,38 @@ def order_channels(
     """
     if not limits:
         return layers, samples, statistics
-    made = [name for node in graph.nodes for name in node.output if name and graph.constant(name) is None]
-    ties = tie_channels(graph, layers, tensor_shapes(graph.snapshot(), [*graph.inputs, *made], feed))
+    ties = ties_of(graph, layers, feed)
     orders: dict[str, Indices] = {}
     for group in find_groups(graph, layers, ties):
         readers = [layer for layer in group.readers if layer.name in limits and _in_pairs(graph, layer, group)]
-        if not readers or not is_free(group, ties, samples):
+        slots = slots_of(ties, group.units)
+        if not readers or not is_free(group, slots, ties, samples):
             continue
         costs = np.sum([_costs_of(graph, layer, group, limits[layer.name], samples) for layer in readers], axis=0)
-        orders = placed(orders, ties, group.units, pair_up(costs))
+        orders = placed(orders, slots, ties, pair_up(costs))
     samples, statistics = rearranged(graph, layers, ties, orders, samples, statistics)
     return committed(graph, layers), samples, statistics
 
 
-def is_free(group: Group, ties: Ties, samples: Samples) -> bool:
+def is_free(group: Group, slots: Slots, ties: Ties, samples: Samples) -> bool:
     """Whether there is an order to choose, and nothing asks for the one that is there."""
     if not 2 < len(group.units) <= MOST_CHANNELS or any(int(unit) in ties.reasons for unit in group.units):
         return False
-    side_by_side = (slots == slots[:, :1] + np.arange(slots.shape[1]) for slots in _slots(ties, group.units).values())
+    side_by_side = (places == places[:, :1] + np.arange(places.shape[1]) for places in slots.values())
     return all(samples.moments[layer.name].blocks == 1 for layer in group.readers) and all(map(np.all, side_by_side))
 
 
-def placed(orders: Mapping[str, Indices], ties: Ties, units: Indices, order: Indices) -> dict[str, Indices]:
-    """The orders (tensor -> [channels], which of the old ones stands there) with these units in this order, [units]."""
+def placed(orders: Mapping[str, Indices], slots: Slots, ties: Ties, order: Indices) -> dict[str, Indices]:
+    """The orders (tensor -> [channels], which of the old ones stands there) with a group's units in this order, [units]."""
     changed = dict(orders)
-    for name, slots in _slots(ties, units).items():
+    for name, places in slots.items():
         changed[name] = changed.get(name, np.arange(len(ties.units[name]))).copy()
-        changed[name][slots] = changed[name][slots[order]]
+        changed[name][places] = changed[name][places[order]]
     return changed
 
 
-def _slots(ties: Ties, units: Indices) -> dict[str, Indices]:
-    """Tensor -> [units, channels of each], where each unit's channels stand."""
+def slots_of(ties: Ties, units: Indices) -> Slots:
+    """Where each unit's channels stand."""
     found = {}
     for name, members in ties.units.items():
         places = np.flatnonzero(np.isin(members, units))
@@ -194,13 +194,7 @@ def rearranged(
         moments[layer.name] = _reorder(graph, layer, moments[layer.name], read, written)
         if written is not None and layer.bias is not None:
             set_bias(graph, layer, bias_of(graph, layer)[written])
-    biased = {id(layer.bias[0]) for layer in layers if layer.bias is not None}
-    for place in ties.cuts:
-        if id(place.node) not in biased and place.tensor in orders:
-            name = place.node.input[place.index]
-            value = graph.constant(name)
-            assert value is not None, name
-            graph.set_input(place.node, place.index, value.take(orders[place.tensor], place.axis), name)
+    take_constants(graph, layers, ties, orders)
     values = {name: value[orders[name]] if name in orders else value for name, value in samples.values.items()}
     known = {name: value.of(orders[name]) if name in orders else value for name, value in statistics.items()}
     return replace(samples, moments=moments, values=values), known
@@ -219,5 +213,4 @@ def _reorder(graph: Graph, layer: Layer, moments: Moments, read: Indices | None,
     change_weight(graph, layer, lambda block: weight_of(graph, layer, rows[block])[:, :, columns])
     if read is None:
         return moments
-    places = columns if layer.op == "Conv" else read
-    return Moments(moments.mean[:, places], moments.hessian[:, places[:, None], places], moments.doubt)
+    return moments.inputs(columns if layer.op == "Conv" else read)

@@ -11,9 +11,9 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 import onnx_lwdf
-from onnx_lwdf.activations.taps import sample, tensor_shapes
+from onnx_lwdf.activations.taps import sample
 from onnx_lwdf.channels.groups import find_groups
-from onnx_lwdf.channels.ties import tie_channels
+from onnx_lwdf.channels.ties import ties_of
 from onnx_lwdf.graph import Graph
 from onnx_lwdf.layers import committed, find_layers, weight_of
 from onnx_lwdf.precondition import order
@@ -32,12 +32,13 @@ def shuffled(model, feed, seed=0):
     graph.commit()  # layers that nothing reads go
     layers, _ = find_layers(graph)
     made = [name for node in graph.nodes for name in node.output if name and graph.constant(name) is None]
-    ties = tie_channels(graph, layers, tensor_shapes(graph.snapshot(), [*graph.inputs, *made], feed))
+    ties = ties_of(graph, layers, feed)
     rng, orders, sets = np.random.default_rng(seed), {}, 0
     seen = sample(graph.snapshot(), layers, made, [feed], np.random.default_rng(0), {}, None)
     for group in find_groups(graph, layers, ties):
-        if order.is_free(group, ties, seen):
-            orders = order.placed(orders, ties, group.units, rng.permutation(len(group.units)))
+        slots = order.slots_of(ties, group.units)
+        if order.is_free(group, slots, ties, seen):
+            orders = order.placed(orders, slots, ties, rng.permutation(len(group.units)))
             sets += 1
     done, _ = order.rearranged(graph, layers, ties, orders, seen, {})
     layers = committed(graph, layers)
