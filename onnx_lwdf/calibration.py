@@ -90,7 +90,7 @@ def _grids(
 ) -> dict[str, ActivationGrid]:
     """The grids of the least sum of error^2; with 8 bits over the whole span, where that is known."""
     symmetric = TARGETS[config.target].symmetric_activations
-    ranges = {spec.name: spec.normalization.range for spec in inputs if spec.normalization is not None}
+    ranges = {name: bounds for spec in inputs for name, bounds in spec.ranges.items()}
     grids: dict[str, ActivationGrid] = {}
     for site in sites:
         if site.tensors[0] in ranges:  # an input may hold any pixel, whatever the samples hold

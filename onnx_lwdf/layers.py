@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import fnmatch
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -320,6 +320,14 @@ def _layer(graph: Graph, node: onnx.NodeProto) -> Layer:
         window=window_of(node, value.shape[2:]) if convolution else None,
         bias=_bias_place(graph, node),
     )
+
+
+def set_pads(node: onnx.NodeProto, pads: Sequence[int]) -> None:
+    """Let a convolution pad by so much, begins, then ends; its `Layer` must be found anew."""
+    kept = [item for item in node.attribute if item.name not in ("pads", "auto_pad")]
+    copies = [onnx.AttributeProto.FromString(item.SerializeToString()) for item in kept]
+    del node.attribute[:]
+    node.attribute.extend([*copies, onnx.helper.make_attribute("pads", list(pads))])
 
 
 def window_of(node: onnx.NodeProto, kernel: tuple[int, ...]) -> Window:

@@ -22,6 +22,7 @@ from onnx_lwdf.mapped import Scratch
 from onnx_lwdf.model_io import fix_initializers, inline_functions, raise_opset
 from onnx_lwdf.plan import plan_bits
 from onnx_lwdf.precondition.fold import fold
+from onnx_lwdf.precondition.pixels import read_pixels
 from onnx_lwdf.pruning import plan_pruning
 from onnx_lwdf.runtime import copy_of, unloadable
 from onnx_lwdf.sites import float_tails
@@ -105,6 +106,7 @@ def prepare(
     lost = "propagated" in origins.values() and not statistics and not any(map(_normalizes, graph.nodes))
     folded = FOLDED if recovered else UNNORMALIZED if lost else None
     warnings = (*filter(None, notes), *warnings, *filter(None, [folded]))
+    layers, inputs = read_pixels(graph, layers, plan, inputs, config)
     found = sources(graph, layers)
     return Prepared(
         config=config,

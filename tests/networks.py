@@ -15,7 +15,7 @@ from onnx_lwdf.runtime import Array
 from tests.nets import trained
 
 F32 = onnx.TensorProto.FLOAT
-NORMALIZED = {"input_mean": (127.5,), "input_std": (64.0,)}
+GREY, COLOUR = ((127.5,), (64.0,)), ((123.675, 116.28, 103.53), (58.395, 57.12, 57.375))  # mean and std of pixels
 
 
 @dataclass(frozen=True)
@@ -171,7 +171,18 @@ def networks(draw: Callable[..., object]) -> onnx.ModelProto:
     return model
 
 
+def normalized(model: onnx.ModelProto) -> dict[str, tuple[float, ...]]:
+    """The options that say how the network's input is normalized."""
+    mean, std = _normalization(model.graph.input[0].type.tensor_type.shape.dim[1].dim_value)
+    return {"input_mean": mean, "input_std": std}
+
+
 def images(channels: int, height: int, width: int, count: int, seed: int) -> Array:
-    """What NORMALIZED says of the network's inputs."""
+    """What `normalized` says of the network's inputs."""
     pixels = 255 * scenes(count, channels, height, width, np.random.default_rng(seed))
-    return ((pixels - NORMALIZED["input_mean"][0]) / NORMALIZED["input_std"][0]).astype(np.float32)
+    mean, std = (np.reshape(values, (1, -1, 1, 1)) for values in _normalization(channels))
+    return ((pixels - mean) / std).astype(np.float32)
+
+
+def _normalization(channels: int) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    return GREY if channels == 1 else COLOUR

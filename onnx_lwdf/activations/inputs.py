@@ -66,6 +66,14 @@ class InputSpec:
     image: bool
     normalization: Normalization | None  # None: standard normal values, or any index, or ones for other integers
     inferred: bool  # from stored statistics, or given by the user
+    pixels: str | None = None  # the tensor that holds it as pixels of 0 to 255, where it is read as such
+
+    @property
+    def ranges(self) -> dict[str, tuple[float, float]]:
+        """Of the tensors that hold its values, where the normalization is known."""
+        if self.normalization is None:
+            return {}
+        return {self.name: self.normalization.range, **({self.pixels: (0.0, 255.0)} if self.pixels else {})}
 
     def draw(self, count: int, rng: np.random.Generator) -> Array:
         """Synthetic samples on the model's scale, [count, *shape], as many as the model fixes where it does."""

@@ -28,6 +28,11 @@ class Normalization:
         return np.asarray((images * np.float32(255) - mean) / std, np.float32)
 
     @property
+    def apart(self) -> bool:
+        """Whether channels are normalized differently."""
+        return len(set(zip(self.mean, self.std, strict=True))) > 1
+
+    @property
     def range(self) -> tuple[float, float]:
         """The smallest and the largest value that a pixel can become; generous where it is estimated."""
         if self.name == ESTIMATED:

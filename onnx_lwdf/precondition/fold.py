@@ -15,7 +15,7 @@ import onnx
 
 from onnx_lwdf.errors import ModelError
 from onnx_lwdf.graph import Graph, attribute, node_name
-from onnx_lwdf.layers import Layer, bias_of, blocks, change_weight, find_layers, set_bias, weight_of
+from onnx_lwdf.layers import Layer, bias_of, blocks, change_weight, find_layers, set_bias, set_pads, weight_of
 from onnx_lwdf.statistics import F64, ChannelStatistics
 
 
@@ -165,10 +165,7 @@ def _fold_pad(graph: Graph, layer: Layer) -> None:
     if any(widths[:2]) or any(widths[2 + rank : 4 + rank]) or min(*begins, *ends) < 0:
         return
     total = [a + b for a, b in zip((*begins, *ends), window.pads, strict=True)]
-    kept = [item for item in layer.node.attribute if item.name not in ("pads", "auto_pad")]
-    copies = [onnx.AttributeProto.FromString(item.SerializeToString()) for item in kept]
-    del layer.node.attribute[:]
-    layer.node.attribute.extend([*copies, onnx.helper.make_attribute("pads", total)])
+    set_pads(layer.node, total)
     graph.connect(layer.node, 0, pad.input[0])
     graph.remove(pad)
 

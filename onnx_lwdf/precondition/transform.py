@@ -17,7 +17,7 @@ from onnx_lwdf.activations.moments import Moments
 from onnx_lwdf.activations.taps import Samples
 from onnx_lwdf.gates import scale_input, scale_output
 from onnx_lwdf.graph import Graph
-from onnx_lwdf.layers import ALL, bias_of, set_bias, set_weight, weight_of
+from onnx_lwdf.layers import ALL, Layer, bias_of, set_bias, set_weight, weight_of
 from onnx_lwdf.precondition.channels import ChannelGroup, Place
 from onnx_lwdf.precondition.norms import change_norm_input, change_norm_output
 from onnx_lwdf.solvers.problem import F64
@@ -123,12 +123,8 @@ def apply(graph: Graph, group: ChannelGroup, samples: Samples, transform: Transf
         change_norm_input(graph, norm, matrix[group.place(norm.input)], shift.get(norm.input))
     moments = dict(samples.moments)
     for layer in group.consumers:
-        part, weight = transform.of(group.place(layer.input)), weight_of(graph, layer)
-        if layer.input in shift:
-            split = weight.reshape(*weight.shape[:2], layer.kernel_size, -1)  # [groups, out, kernel, channels / groups]
-            taken = np.einsum("gokc,gc->go", split, shift[layer.input].reshape(layer.groups, -1))
-            set_bias(graph, layer, bias_of(graph, layer) + taken.ravel())
-        set_weight(graph, layer, part.reader(weight))
+        part = transform.of(group.place(layer.input))
+        change_reader(graph, layer, part, layer.input)
         moments[layer.name] = part.moments(moments[layer.name], layer.input)
     changed = {
         name: transform.of(group.place(name)).values(samples.values[name], name).astype(np.float32)
@@ -136,6 +132,16 @@ def apply(graph: Graph, group: ChannelGroup, samples: Samples, transform: Transf
         if name in samples.values
     }
     return replace(samples, moments=moments, values={**samples.values, **changed})
+
+
+def change_reader(graph: Graph, layer: Layer, transform: Transform, tensor: str) -> None:
+    """Let the layer read what becomes of the tensor."""
+    weight = weight_of(graph, layer)
+    if tensor in transform.shift:
+        split = weight.reshape(*weight.shape[:2], layer.kernel_size, -1)  # [groups, out, kernel, channels / groups]
+        taken = np.einsum("gokc,gc->go", split, transform.shift[tensor].reshape(layer.groups, -1))
+        set_bias(graph, layer, bias_of(graph, layer) + taken.ravel())
+    set_weight(graph, layer, transform.reader(weight))
 
 
 def _outer(a: F64, b: F64) -> F64:
