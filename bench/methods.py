@@ -23,7 +23,7 @@ import numpy as np
 import onnx
 
 import onnx_lwdf
-from onnx_lwdf import calibration, layerwise
+from onnx_lwdf import calibration, layerwise, preparation
 from onnx_lwdf.activations.data import load
 from onnx_lwdf.activations.inputs import InputSpec, read_inputs
 from onnx_lwdf.graph import Graph
@@ -84,6 +84,10 @@ def _no_order(graph: object, layers: object, limits: object, samples: object, st
     return layers, samples, statistics
 
 
+def _no_pixels(graph: object, layers: Sequence[Any], plan: object, inputs: Sequence[Any], config: object) -> Any:
+    return layers, inputs
+
+
 def _not_stretched(group: object, ceiling: float, samples: object, known: object, bound: object) -> list[Transform]:
     return []
 
@@ -93,16 +97,19 @@ OBSERVED: Sequence[Replacement] = ((calibration, "search_grid", _observed_range)
 UNCORRECTED: Replacement = (layerwise, "mean_correction", _no_correction)
 LOCAL: Replacement = (STEPS, "sensitivities", _no_gradients)
 UNORDERED: Replacement = (STEPS, "order_channels", _no_order)
+NORMALIZED: Replacement = (preparation, "read_pixels", _no_pixels)
 UNTRANSFORMED: Sequence[Replacement] = (
     (STEPS, "transform_groups", _no_transform),
     LOCAL,
     UNORDERED,
+    NORMALIZED,
 )
 EQUALIZED: Sequence[Replacement] = (
     (channels, "MOST_CHANNELS", 0),  # of matrix transforms: diagonals remain
     (candidates, "_stretched", _not_stretched),
     LOCAL,
     UNORDERED,
+    NORMALIZED,
 )
 
 ONE_SCALE: Mapping[str, Any] = {"vector_size": 0}  # per output channel: rtn and squant know no other grid

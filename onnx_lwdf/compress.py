@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -200,12 +200,12 @@ def _solve(source: Source, prepared: Prepared, chunks: Sequence[Feed], config: C
     pruning = share_budget(graph, layers, prepared.pruning, samples, chunks[0], config)
     grids = calibrate(graph, layers, plan, sites, samples, prepared.inputs, chunks, config, spans, gradients)
     read = {spec.pixels for spec in prepared.inputs}
-    notes = {layer.name: "reads pixels of 0 to 255" for layer in layers if layer.input in read} | dict(pruned.notes)
+    notes = [{layer.name: "reads pixels of 0 to 255" for layer in layers if layer.input in read}, pruned.notes]
     if not any(one.asked for one in pruning.values()):
         groups = find_groups(graph, layers)
         copied = copy_channels(graph, layers, groups, grids, samples, statistics, gradients, chunks[0])
         layers, samples, statistics = copied.layers, copied.samples, copied.statistics
-        notes |= copied.notes
+        notes.append(copied.notes)
         limits = pair_limits(graph, layers, plan, grids, config)
         layers, samples, statistics = order_channels(graph, layers, limits, samples, statistics, chunks[0])
         sizes = _sizes(source, graph, layers, sites, config)
@@ -216,7 +216,16 @@ def _solve(source: Source, prepared: Prepared, chunks: Sequence[Feed], config: C
     shared = replace(prepared, layers=layers, pruning=pruning)
     solved = _answers(shared, plan, grids, samples, config, on_layer)
     shifts = mean_shifts(graph, grids, samples)
-    return _Work(shared, layers, statistics, sites, grids, shifts, solved, pruned.kept, notes, tradeoff)
+    return _Work(shared, layers, statistics, sites, grids, shifts, solved, pruned.kept, _joined(notes), tradeoff)
+
+
+def _joined(notes: Iterable[Mapping[str, str]]) -> dict[str, str]:
+    """All that is noted of each layer."""
+    found: dict[str, list[str]] = {}
+    for part in notes:
+        for name, note in part.items():
+            found.setdefault(name, []).append(note)
+    return {name: "; ".join(parts) for name, parts in found.items()}
 
 
 def _gradients(
