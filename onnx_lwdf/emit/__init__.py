@@ -108,6 +108,9 @@ def emit(
 
     Answers layer name -> the bytes of data that hold its weight. Without sites, activations stay float.
     """
+    here = {id(node) for node in graph.nodes}
+    for stored in layers:  # found before the last commit they would be written to nodes that are no part of the file
+        assert id(stored.layer.node) in here, stored.layer.name
     sizes: dict[str, int] = {}
     for stored, values in zip(layers, _held(graph, store, [_values(stored) for stored in layers]), strict=True):
         weight = _scaled(graph, values, stored)

@@ -88,6 +88,15 @@ def _stored(graph: Graph, layer: Layer, weights: str, grids: dict[str, object]) 
     return Stored(layer, weight, rounded, bias_of(graph, layer), grids.get(layer.input))
 
 
+def test_layers_found_before_a_commit_are_refused():
+    graph = Graph(wide())
+    layers, _ = find_layers(graph)
+    stored = [_stored(graph, layer, INTEGER, {}) for layer in layers]
+    graph.commit()
+    with pytest.raises(AssertionError, match=layers[0].name):
+        emit.emit(graph, FORMATS["folded"].store, stored, [], {}, signed=False)
+
+
 @pytest.mark.parametrize(("name", "weights", "activations"), RUNNABLE)
 def test_storage_changes_neither_kernels_nor_answers(name, weights, activations):
     model, _ = written(name, weights, activations)
