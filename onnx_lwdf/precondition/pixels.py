@@ -25,7 +25,7 @@ import onnx
 from onnx_lwdf.activations.inputs import InputSpec
 from onnx_lwdf.activations.normalization import ESTIMATED, Normalization
 from onnx_lwdf.config import TARGETS, Config
-from onnx_lwdf.graph import Graph
+from onnx_lwdf.graph import Graph, attribute
 from onnx_lwdf.layers import Bits, Layer, committed, input_channels, set_pads
 from onnx_lwdf.precondition.bounds import SAME_VALUES
 from onnx_lwdf.precondition.transform import change_reader, diagonal
@@ -41,7 +41,7 @@ def read_pixels(
     exact = all(bits.weight == bits.activation == BITS and not bits.free for bits in plan.values())
     changed = []
     for spec in inputs:
-        reader = by_node.get(id(_reader(graph, spec.name)))
+        reader = by_node.get(id(_reader(graph, spec)))
         if exact and reader is not None and not TARGETS[config.target].symmetric_activations and _fits(reader, spec):
             assert spec.normalization is not None
             spec = replace(spec, pixels=_expose(graph, reader, spec.normalization))
@@ -49,14 +49,18 @@ def read_pixels(
     return committed(graph, layers), tuple(changed)
 
 
-def _reader(graph: Graph, tensor: str) -> onnx.NodeProto | None:
-    """The only node that reads the values of the tensor, behind what does not change them; shapes do not count."""
+def _reader(graph: Graph, spec: InputSpec) -> onnx.NodeProto | None:
+    """The only node that reads the input's values, channels on axis 1, behind what only moves them; shapes do not count."""
+    tensor, axes = spec.name, list(range(len(spec.shape) + 1))
+    channels = axes[-1] if spec.channels_last else 1
     while True:
         readers = [node for node in graph.consumers[tensor] if node.op_type != "Shape"]
         if len(readers) != 1 or tensor in graph.outputs or tensor in graph.captured:
             return None
         if readers[0].op_type not in SAME_VALUES:
-            return readers[0]
+            return readers[0] if axes[1:2] == [channels] else None
+        if readers[0].op_type == "Transpose":
+            axes = [axes[axis] for axis in attribute(readers[0], "perm", axes[::-1])]
         tensor = readers[0].output[0]
 
 

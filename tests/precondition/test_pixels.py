@@ -60,6 +60,8 @@ def read(model, normalization=TORCHVISION, bits=8, **more):
 
 LAST = STEM.replace("float[N,3,12,12]", "float[N,12,12,3]").replace("(x, w", "(t, w")
 LAST = LAST.replace("y = Conv", "t = Transpose <perm = [0,3,1,2]> (x)\n    y = Conv")
+TURNED = STEM.replace("(x, w", "(t, w").replace("y = Conv", "t = Transpose <perm = [0,2,1,3]> (x)\n    y = Conv")
+TURNED = TURNED.replace("float[N,3,12,12]", "float[N,3,3,12]")  # rows in the place of channels
 
 
 @pytest.mark.parametrize("normalization", [TORCHVISION, CAFFE], ids=lambda known: known.name)
@@ -106,11 +108,12 @@ def test_the_function_stays_and_codes_are_pixels(text, kernel, normalization):
         (STEM, TORCHVISION, {"target": "tensorrt"}),
         (STEM, TORCHVISION, {"input_range": (-1.0, 1.0)}),
         (SHARED, TORCHVISION, {}),
+        (TURNED, TORCHVISION, {}),
         (STEM.replace("pads = [1,1,1,1]", 'auto_pad = "SAME_UPPER"'), TORCHVISION, {}),
         (STEM.replace("float[N,3,12,12] x", "uint8[N,3,12,12] x").replace("y = Conv", "f = Cast <to = 1> (x)\n    y = Conv")
          .replace("(x, w, b)", "(f, w, b)"), TORCHVISION, {}),
     ],
-    ids=["one mean", "channels alike", "seven bits", "symmetric", "range", "two readers", "auto pad", "cast"],
+    ids=["one mean", "channels alike", "seven bits", "symmetric", "range", "two readers", "turned", "auto pad", "cast"],
 )  # fmt: skip
 def test_left_alone(text, normalization, more):
     model = stem(text)
