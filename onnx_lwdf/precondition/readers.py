@@ -23,7 +23,7 @@ from onnx_lwdf.sites import JOIN_BITS
 from onnx_lwdf.solvers.problem import apart
 from onnx_lwdf.statistics import Statistics
 
-TINY = float(np.finfo(np.float64).tiny)
+LEAST_POWER = 1e-30  # of outputs: of one that never varies; weights squared over it, and products of those, are finite
 # An error of a weight is alike from position to position, and the outputs add it up; S knows errors that are independent there.
 ALIKE = 10.0
 
@@ -129,7 +129,7 @@ def beside_gates(graph: Graph, groups: Sequence[ChannelGroup], samples: Samples,
         answer = response(graph, gate, samples.values[gate.input], statistics.get(gate.input))
         readers = behind.get(gate.output)
         known = readers is not None and readers.consumers
-        energy = np.full(len(answer.slope), 1 / max(answer.power, TINY))
+        energy = np.full(len(answer.slope), 1 / max(answer.power, LEAST_POWER))
         if readers is not None and known:
             energy = read_energy(graph, readers, samples)[readers.place(gate.output)]
         readings[gate.input] = answer.slope * energy
@@ -171,4 +171,4 @@ def output_power(graph: Graph, layer: Layer, samples: Samples) -> float:
     moments = samples.moments[layer.name]
     weight = apart(weight_of(graph, layer), moments.blocks)
     centered = moments.hessian - moments.mean[:, :, None] * moments.mean[:, None, :]
-    return float(max(np.einsum("goi,goi->", weight @ centered, weight), TINY))
+    return float(max(np.einsum("goi,goi->", weight @ centered, weight), LEAST_POWER))

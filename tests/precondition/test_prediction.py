@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
+from onnx_lwdf import compress
 from onnx_lwdf.activations.moments import Moments
 from onnx_lwdf.activations.taps import Samples
 from onnx_lwdf.graph import Graph
@@ -14,7 +15,7 @@ from onnx_lwdf.precondition.prediction import predicted_error
 from onnx_lwdf.precondition.readers import ALIKE, Gated, answers_to
 from onnx_lwdf.precondition.transform import diagonal
 from onnx_lwdf.solvers.gptq import conditional_variances
-from tests.nets import with_weights
+from tests.nets import FAST, answers, samples, sqnr_db, with_weights
 
 CHANNELS, VALUES = 6, 4096
 TEXT = """
@@ -87,3 +88,26 @@ def test_the_answer_is_in_the_units_of_the_gradients():
     # A channel that is doubled has half the gradient: read back, all is as it was, but for the grid that all channels share.
     same = diagonal(np.full(CHANNELS, 2.0))
     assert predicted(6, 6, gradients(), same) == pytest.approx(one, rel=1e-6)
+
+
+def test_outputs_that_never_vary_are_no_reason_to_overflow():
+    """A dead layer behind which weights are large: what an error adds to the power of its reader's outputs stays finite."""
+    rng = np.random.default_rng(0)
+    text = """
+    <ir_version: 8, opset_import: ["" : 17]>
+    net (float[N,3,12,12] x) => (float[N,4,12,12] y) {
+        a = Conv <pads = [1,1,1,1]> (x, w0, b0)
+        b = Relu (a)
+        c = Conv (b, w1, b1)
+        d = Relu (c)
+        e = Conv (d, w2)
+        f = Conv (x, w3)
+        y = Add (e, f)
+    }
+    """
+    shapes = {"w0": (6, 3, 3, 3), "w1": (8, 6, 1, 1), "b1": 8, "w2": (4, 8, 1, 1), "w3": (4, 3, 1, 1)}
+    tensors = {name: rng.normal(0, 100, shape) for name, shape in shapes.items()}
+    tensors |= {"w0": tensors["w0"] / 1000, "b0": np.full(6, -50.0)}  # no value gets through the Relu
+    model = with_weights(text, tensors)
+    done, feeds = compress(model, **FAST), samples(model)
+    assert sqnr_db(answers(model, feeds)[0], answers(done.model, feeds)[0]) > 30
