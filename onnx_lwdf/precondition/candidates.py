@@ -79,6 +79,8 @@ def _even(graph: Graph, group: ChannelGroup, samples: Samples, answers: Answers)
     parts = [_centred(samples, layer.input, shift) for layer in group.consumers]
     power = np.mean([(part**2).mean(1) for part in parts], axis=0)
     sensitivity = np.sum([site.strength for site in answers.sites], axis=0)
+    if not power.any() or not sensitivity.any():  # dead, or read by what is
+        return []
     return _diagonals(_ridged(power), _ridged(sensitivity), shift)
 
 
@@ -89,6 +91,8 @@ def _mixed(group: ChannelGroup, samples: Samples, answers: Answers, shift: Mappi
         part = _centred(samples, layer.input, shift)
         covariance += part @ part.T / part.shape[1]
     sensitivity = np.sum([site.matrix for site in answers.sites], axis=0)
+    if not covariance.any() or not sensitivity.any():
+        return []
     covariance, sensitivity = _ridged(covariance / len(group.consumers)), _ridged(sensitivity)
     names = dict.fromkeys([*(layer.input for layer in group.consumers), *(layer.output for layer in group.producers)])
     values = np.concatenate([_centred(samples, name, shift) for name in names], axis=1)

@@ -23,7 +23,8 @@ from onnx_lwdf.sites import JOIN_BITS
 from onnx_lwdf.solvers.problem import apart
 from onnx_lwdf.statistics import Statistics
 
-LEAST_POWER = 1e-30  # of outputs: of one that never varies; weights squared over it, and products of those, are finite
+LEAST_POWER = 1e-30  # of outputs, on any scale that a network has
+STILL = 1e-12  # of outputs' power is around their mean, or less: float32 holds no more digits, they never vary
 # An error of a weight is alike from position to position, and the outputs add it up; S knows errors that are independent there.
 ALIKE = 10.0
 
@@ -86,16 +87,16 @@ def answers_to(
     sites, readers = [], {}
     total = np.zeros((group.channels,) * 2 if group.mixed else group.channels)
     for layer in group.consumers:
-        power = output_power(graph, layer, samples)
+        energy = inverse_power(graph, layer, samples)
         if group.mixed:
             weight = by_channel(weight_of(graph, layer), group.channels)  # [rows, channels]
-            sensitivity = weight.T @ weight / power
+            sensitivity = weight.T @ weight * energy
             total += sensitivity
         else:
-            sensitivity = _squared_weights(graph, layer, samples) / power
+            sensitivity = _squared_weights(graph, layer, samples) * energy
             total += group.spread(layer.input, sensitivity)
         sites.append(Answer(layer.input, plan[layer.name].activation or 8, sensitivity, samples.values[layer.input]))
-        readers[layer.name] = np.full(output_channels(graph, layer), 1 / power)
+        readers[layer.name] = np.full(output_channels(graph, layer), energy)
     for name in (name for name in group.tensors if name in gated.readings):
         sites.append(Answer(name, JOIN_BITS, gated.readings[name], gated.spans[name].clip(samples.values[name])))
         total += group.spread(name, gated.readings[name])
@@ -146,7 +147,7 @@ def read_energy(graph: Graph, group: ChannelGroup, samples: Samples) -> F64:
     """[channels]: what an error adds to the outputs of the layers that read the group, to their power, summed over them."""
     total = np.zeros(group.channels)
     for layer in group.consumers:
-        energy = _squared_weights(graph, layer, samples) / output_power(graph, layer, samples)
+        energy = _squared_weights(graph, layer, samples) * inverse_power(graph, layer, samples)
         total += group.spread(layer.input, energy)
     return total
 
@@ -166,9 +167,10 @@ def by_channel(weight: F64, channels: int) -> F64:
     return split.transpose(1, 2, 0, 3).reshape(-1, channels)
 
 
-def output_power(graph: Graph, layer: Layer, samples: Samples) -> float:
-    """E |W x|^2 of the layer around its mean, to weigh layers against each other."""
+def inverse_power(graph: Graph, layer: Layer, samples: Samples) -> float:
+    """1 / E |W x|^2 of the layer around its mean, to weigh layers against each other; 0 of one whose outputs never vary."""
     moments = samples.moments[layer.name]
     weight = apart(weight_of(graph, layer), moments.blocks)
     centered = moments.hessian - moments.mean[:, :, None] * moments.mean[:, None, :]
-    return float(max(np.einsum("goi,goi->", weight @ centered, weight), LEAST_POWER))
+    power, whole = (float(np.einsum("goi,goi->", weight @ part, weight)) for part in (centered, moments.hessian))
+    return 1 / power if power > max(STILL * whole, LEAST_POWER) else 0.0
