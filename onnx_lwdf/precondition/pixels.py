@@ -10,8 +10,8 @@ pixels of the mean: so the input is padded before, and there alone up to half a 
 those that were resized in float are rounded by as much as before. Where one mean serves all channels, they share a grid too:
 it holds the pixels, or (127.5) lies between them, where padding would lie then.
 
-Pad, Mul and Add take a hundredth of a small network's time or two, so they are worth it only where weights and activations have 8
-bits: below, a sixteenth of the noise or more comes from elsewhere.
+Pad, Mul and Add take a hundredth of a small network's time or two, so they are worth it only where weights and activations
+have 8 bits: below, a sixteenth of the noise or more comes from elsewhere.
 """
 
 from __future__ import annotations
