@@ -98,18 +98,12 @@ UNCORRECTED: Replacement = (layerwise, "mean_correction", _no_correction)
 LOCAL: Replacement = (STEPS, "sensitivities", _no_gradients)
 UNORDERED: Replacement = (STEPS, "order_channels", _no_order)
 NORMALIZED: Replacement = (preparation, "read_pixels", _no_pixels)
-UNTRANSFORMED: Sequence[Replacement] = (
-    (STEPS, "transform_groups", _no_transform),
-    LOCAL,
-    UNORDERED,
-    NORMALIZED,
-)
+OLDER: Sequence[Replacement] = (LOCAL, UNORDERED, NORMALIZED)  # than these steps are the methods beside ours
+UNTRANSFORMED: Sequence[Replacement] = ((STEPS, "transform_groups", _no_transform), *OLDER)
 EQUALIZED: Sequence[Replacement] = (
     (channels, "MOST_CHANNELS", 0),  # of matrix transforms: diagonals remain
     (candidates, "_stretched", _not_stretched),
-    LOCAL,
-    UNORDERED,
-    NORMALIZED,
+    *OLDER,
 )
 
 ONE_SCALE: Mapping[str, Any] = {"vector_size": 0}  # per output channel: rtn and squant know no other grid

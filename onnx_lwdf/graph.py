@@ -299,6 +299,13 @@ def node_name(node: onnx.NodeProto) -> str:
     return node.name or f"{node.op_type}:{node.output[0]}"
 
 
+def drop_attributes(node: onnx.NodeProto, *names: str) -> None:
+    """Take the attributes of these names from the node."""
+    for place in reversed(range(len(node.attribute))):
+        if node.attribute[place].name in names:
+            del node.attribute[place]
+
+
 def attribute(node: onnx.NodeProto, name: str, default: Any = None) -> Any:
     """The attribute's value, or the default."""
     for item in node.attribute:

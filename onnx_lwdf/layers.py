@@ -18,7 +18,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 import onnx
 
-from onnx_lwdf.graph import Graph, attribute, node_name, subgraphs
+from onnx_lwdf.graph import Graph, attribute, drop_attributes, node_name, subgraphs
 from onnx_lwdf.runtime import Array
 from onnx_lwdf.vectors import Vectors, vectors
 
@@ -324,10 +324,8 @@ def _layer(graph: Graph, node: onnx.NodeProto) -> Layer:
 
 def set_pads(node: onnx.NodeProto, pads: Sequence[int]) -> None:
     """Let a convolution pad by so much, begins, then ends; its `Layer` must be found anew."""
-    kept = [item for item in node.attribute if item.name not in ("pads", "auto_pad")]
-    copies = [onnx.AttributeProto.FromString(item.SerializeToString()) for item in kept]
-    del node.attribute[:]
-    node.attribute.extend([*copies, onnx.helper.make_attribute("pads", list(pads))])
+    drop_attributes(node, "pads", "auto_pad")
+    node.attribute.append(onnx.helper.make_attribute("pads", list(pads)))
 
 
 def window_of(node: onnx.NodeProto, kernel: tuple[int, ...]) -> Window:

@@ -11,11 +11,11 @@ from hypothesis import strategies as st
 from onnx import helper, numpy_helper
 
 from onnx_lwdf.activations.images import scenes
+from onnx_lwdf.activations.normalization import ASSUMED, ASSUMED_GREY, Normalization
 from onnx_lwdf.runtime import Array
 from tests.nets import trained
 
 F32 = onnx.TensorProto.FLOAT
-GREY, COLOUR = ((127.5,), (64.0,)), ((123.675, 116.28, 103.53), (58.395, 57.12, 57.375))  # mean and std of pixels
 
 
 @dataclass(frozen=True)
@@ -173,16 +173,14 @@ def networks(draw: Callable[..., object]) -> onnx.ModelProto:
 
 def normalized(model: onnx.ModelProto) -> dict[str, tuple[float, ...]]:
     """The options that say how the network's input is normalized."""
-    mean, std = _normalization(model.graph.input[0].type.tensor_type.shape.dim[1].dim_value)
-    return {"input_mean": mean, "input_std": std}
+    known = _normalization(model.graph.input[0].type.tensor_type.shape.dim[1].dim_value)
+    return {"input_mean": known.mean, "input_std": known.std}
 
 
 def images(channels: int, height: int, width: int, count: int, seed: int) -> Array:
     """What `normalized` says of the network's inputs."""
-    pixels = 255 * scenes(count, channels, height, width, np.random.default_rng(seed))
-    mean, std = (np.reshape(values, (1, -1, 1, 1)) for values in _normalization(channels))
-    return ((pixels - mean) / std).astype(np.float32)
+    return _normalization(channels).apply(scenes(count, channels, height, width, np.random.default_rng(seed)))
 
 
-def _normalization(channels: int) -> tuple[tuple[float, ...], tuple[float, ...]]:
-    return GREY if channels == 1 else COLOUR
+def _normalization(channels: int) -> Normalization:
+    return ASSUMED_GREY if channels == 1 else ASSUMED

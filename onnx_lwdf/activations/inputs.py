@@ -73,7 +73,7 @@ class InputSpec:
         """Of the tensors that hold its values, where the normalization is known."""
         if self.normalization is None:
             return {}
-        return {self.name: self.normalization.range, **({self.pixels: (0.0, 255.0)} if self.pixels else {})}
+        return {self.name: self.normalization.range, **({self.pixels: AS_BYTES.range} if self.pixels else {})}
 
     def draw(self, count: int, rng: np.random.Generator) -> Array:
         """Synthetic samples on the model's scale, [count, *shape], as many as the model fixes where it does."""

@@ -79,7 +79,7 @@ def _even(graph: Graph, group: ChannelGroup, samples: Samples, answers: Answers)
     parts = [_centred(samples, layer.input, shift) for layer in group.consumers]
     power = np.mean([(part**2).mean(1) for part in parts], axis=0)
     sensitivity = np.sum([site.strength for site in answers.sites], axis=0)
-    if not power.any() or not sensitivity.any():  # dead, or read by what is
+    if _silent(power, sensitivity):
         return []
     return _diagonals(_ridged(power), _ridged(sensitivity), shift)
 
@@ -91,7 +91,7 @@ def _mixed(group: ChannelGroup, samples: Samples, answers: Answers, shift: Mappi
         part = _centred(samples, layer.input, shift)
         covariance += part @ part.T / part.shape[1]
     sensitivity = np.sum([site.matrix for site in answers.sites], axis=0)
-    if not covariance.any() or not sensitivity.any():
+    if _silent(covariance, sensitivity):
         return []
     covariance, sensitivity = _ridged(covariance / len(group.consumers)), _ridged(sensitivity)
     names = dict.fromkeys([*(layer.input for layer in group.consumers), *(layer.output for layer in group.producers)])
@@ -114,7 +114,7 @@ def _scaled(graph: Graph, group: ChannelGroup, samples: Samples, answers: Answer
         power += group.spread(site.tensor, (part**2).mean(1))
         sensitivity += group.spread(site.tensor, site.strength)
         count += group.spread(site.tensor, np.ones(len(part)))
-    if not power.any() or not sensitivity.any():
+    if _silent(power, sensitivity):
         return []
     power = power / np.maximum(count, 1)
     return _diagonals(np.maximum(power, WEAKEST * power.max()), sensitivity + RIDGE * sensitivity.max(), shift)
@@ -185,6 +185,11 @@ def _shifts(graph: Graph, group: ChannelGroup, samples: Samples) -> dict[str, F6
     return means
 
 
+def _silent(power: F64, sensitivity: F64) -> bool:
+    """Whether nothing is known that a transform could even out: the channels are dead, or what reads them is."""
+    return not (power.any() and sensitivity.any())
+
+
 def _centred(samples: Samples, tensor: str, shift: Mapping[str, F64]) -> F64:
     """The tensor's values behind the shift, [channels, values]."""
     values = samples.values[tensor].astype(np.float64)
@@ -193,10 +198,9 @@ def _centred(samples: Samples, tensor: str, shift: Mapping[str, F64]) -> F64:
 
 def _ridged(matrix: F64) -> F64:
     """The matrix, or the diagonal of one, and a share of its largest eigenvalue on its diagonal."""
-    tiny = np.finfo(np.float64).tiny
     if matrix.ndim == 1:
-        return matrix + RIDGE * float(matrix.max() + tiny)
-    return matrix + RIDGE * float(np.linalg.eigvalsh(matrix)[-1] + tiny) * np.eye(len(matrix))
+        return matrix + RIDGE * float(matrix.max())
+    return matrix + RIDGE * float(np.linalg.eigvalsh(matrix)[-1]) * np.eye(len(matrix))
 
 
 def _power(matrix: F64, exponent: float) -> F64:

@@ -14,7 +14,7 @@ import numpy as np
 import onnx
 
 from onnx_lwdf.errors import ModelError
-from onnx_lwdf.graph import Graph, attribute, node_name
+from onnx_lwdf.graph import Graph, attribute, drop_attributes, node_name
 from onnx_lwdf.layers import Layer, bias_of, blocks, change_weight, find_layers, set_bias, set_pads, weight_of
 from onnx_lwdf.statistics import F64, ChannelStatistics
 
@@ -67,9 +67,7 @@ def _fold_factors(graph: Graph, node: onnx.NodeProto) -> None:
         return
     for index, value in known.items():
         graph.set_input(node, index, np.asarray(value * factors[index], value.dtype), names[index])
-    kept = [onnx.AttributeProto.FromString(a.SerializeToString()) for a in node.attribute]
-    del node.attribute[:]
-    node.attribute.extend(item for item in kept if item.name not in ("alpha", "beta"))
+    drop_attributes(node, "alpha", "beta")
 
 
 def _apply(graph: Graph, layer: Layer, affine: Affine) -> None:

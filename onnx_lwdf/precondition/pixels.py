@@ -16,7 +16,7 @@ have 8 bits: below, a sixteenth of the noise or more comes from elsewhere.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import replace
 
 import numpy as np
@@ -26,7 +26,7 @@ from onnx_lwdf.activations.inputs import InputSpec
 from onnx_lwdf.activations.normalization import ESTIMATED, Normalization
 from onnx_lwdf.config import TARGETS, Config
 from onnx_lwdf.graph import Graph, attribute
-from onnx_lwdf.layers import Bits, Layer, committed, input_channels, set_pads
+from onnx_lwdf.layers import Bits, Layer, committed, set_pads
 from onnx_lwdf.precondition.bounds import SAME_VALUES
 from onnx_lwdf.precondition.transform import change_reader, diagonal
 
@@ -34,19 +34,21 @@ BITS = 8
 
 
 def read_pixels(
-    graph: Graph, layers: Sequence[Layer], plan: Mapping[str, Bits], inputs: Iterable[InputSpec], config: Config
+    graph: Graph, layers: list[Layer], plan: Mapping[str, Bits], inputs: tuple[InputSpec, ...], config: Config
 ) -> tuple[list[Layer], tuple[InputSpec, ...]]:
     """The layers and the inputs of the changed graph; an input that is read as bytes now says where these are."""
-    by_node = {id(layer.node): layer for layer in layers}
     exact = all(bits.weight == bits.activation == BITS and not bits.free for bits in plan.values())
-    changed = []
+    if not exact or TARGETS[config.target].symmetric_activations:
+        return layers, inputs
+    by_node = {id(layer.node): layer for layer in layers}
+    exposed = {}
     for spec in inputs:
-        reader = by_node.get(id(_reader(graph, spec)))
-        if exact and reader is not None and not TARGETS[config.target].symmetric_activations and _fits(reader, spec):
-            assert spec.normalization is not None
-            spec = replace(spec, pixels=_expose(graph, reader, spec.normalization))
-        changed.append(spec)
-    return committed(graph, layers), tuple(changed)
+        reader, known = by_node.get(id(_reader(graph, spec))), spec.normalization
+        if reader is not None and known is not None and known.apart and known.name != ESTIMATED and _fits(reader, spec):
+            exposed[spec.name] = _expose(graph, reader, known)
+    if not exposed:
+        return layers, inputs
+    return committed(graph, layers), tuple(replace(spec, pixels=exposed.get(spec.name)) for spec in inputs)
 
 
 def _reader(graph: Graph, spec: InputSpec) -> onnx.NodeProto | None:
@@ -65,11 +67,9 @@ def _reader(graph: Graph, spec: InputSpec) -> onnx.NodeProto | None:
 
 
 def _fits(layer: Layer, spec: InputSpec) -> bool:
-    """Whether the layer can read bytes, and channels could not share a grid of them."""
-    if layer.op != "Conv" or layer.window is None or layer.window.pads is None or layer.bias is None:
-        return False
-    known = spec.normalization
-    return spec.dtype.kind == "f" and known is not None and known.apart and known.name != ESTIMATED
+    """Whether the layer can read bytes."""
+    padded = layer.op == "Conv" and layer.window is not None and layer.window.pads is not None
+    return padded and layer.bias is not None and spec.dtype.kind == "f"
 
 
 def _expose(graph: Graph, layer: Layer, normalization: Normalization) -> str:
@@ -77,9 +77,8 @@ def _expose(graph: Graph, layer: Layer, normalization: Normalization) -> str:
     assert layer.window is not None
     assert layer.window.pads is not None
     std, mean = np.array(normalization.std), np.array(normalization.mean)
-    channels, rank = input_channels(graph, layer), len(layer.window.kernel)
-    shift = {layer.input: np.broadcast_to(-mean / std, channels)}
-    change_reader(graph, layer, diagonal(np.broadcast_to(std, channels), shift), layer.input)
+    rank = len(layer.window.kernel)
+    change_reader(graph, layer, diagonal(std, {layer.input: -mean / std}))
     stem, tensor = f"{layer.input}.pixels", layer.input
     if any(layer.window.pads):
         begins, ends = layer.window.pads[:rank], layer.window.pads[rank:]

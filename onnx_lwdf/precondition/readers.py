@@ -24,7 +24,7 @@ from onnx_lwdf.solvers.problem import apart
 from onnx_lwdf.statistics import Statistics
 
 LEAST_POWER = 1e-30  # of outputs, on any scale that a network has
-STILL = 1e-12  # of outputs' power is around their mean, or less: float32 holds no more digits, they never vary
+STILL = 1e-12  # of outputs' mean squared is their variance, or less: float32 holds no more digits, they never vary
 # An error of a weight is alike from position to position, and the outputs add it up; S knows errors that are independent there.
 ALIKE = 10.0
 
@@ -172,5 +172,6 @@ def inverse_power(graph: Graph, layer: Layer, samples: Samples) -> float:
     moments = samples.moments[layer.name]
     weight = apart(weight_of(graph, layer), moments.blocks)
     centered = moments.hessian - moments.mean[:, :, None] * moments.mean[:, None, :]
-    power, whole = (float(np.einsum("goi,goi->", weight @ part, weight)) for part in (centered, moments.hessian))
-    return 1 / power if power > max(STILL * whole, LEAST_POWER) else 0.0
+    power = float(np.einsum("goi,goi->", weight @ centered, weight))
+    constant = float(((weight @ moments.mean[:, :, None]) ** 2).sum())
+    return 1 / power if power > max(STILL * constant, LEAST_POWER) else 0.0

@@ -124,7 +124,7 @@ def apply(graph: Graph, group: ChannelGroup, samples: Samples, transform: Transf
     moments = dict(samples.moments)
     for layer in group.consumers:
         part = transform.of(group.place(layer.input))
-        change_reader(graph, layer, part, layer.input)
+        change_reader(graph, layer, part)
         moments[layer.name] = part.moments(moments[layer.name], layer.input)
     changed = {
         name: transform.of(group.place(name)).values(samples.values[name], name).astype(np.float32)
@@ -134,12 +134,12 @@ def apply(graph: Graph, group: ChannelGroup, samples: Samples, transform: Transf
     return replace(samples, moments=moments, values={**samples.values, **changed})
 
 
-def change_reader(graph: Graph, layer: Layer, transform: Transform, tensor: str) -> None:
-    """Let the layer read what becomes of the tensor."""
+def change_reader(graph: Graph, layer: Layer, transform: Transform) -> None:
+    """Let the layer read what becomes of its input."""
     weight = weight_of(graph, layer)
-    if tensor in transform.shift:
+    if layer.input in transform.shift:
         split = weight.reshape(*weight.shape[:2], layer.kernel_size, -1)  # [groups, out, kernel, channels / groups]
-        taken = np.einsum("gokc,gc->go", split, transform.shift[tensor].reshape(layer.groups, -1))
+        taken = np.einsum("gokc,gc->go", split, transform.shift[layer.input].reshape(layer.groups, -1))
         set_bias(graph, layer, bias_of(graph, layer) + taken.ravel())
     set_weight(graph, layer, transform.reader(weight))
 

@@ -54,7 +54,7 @@ def read(model, normalization=TORCHVISION, bits=8, **more):
     layers, _ = find_layers(graph)
     (spec,), _ = read_inputs(graph, config, {})
     plan = {layer.name: Bits(bits, bits) for layer in layers}
-    layers, (spec,) = read_pixels(graph, layers, plan, [spec], config)
+    layers, (spec,) = read_pixels(graph, layers, plan, (spec,), config)
     return graph, layers, spec
 
 
