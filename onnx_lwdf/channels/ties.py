@@ -47,15 +47,18 @@ class Ties:
     targets: Sequence[tuple[onnx.NodeProto, str]]  # Reshapes that name the number of channels of this output
 
 
-def ties_of(graph: Graph, layers: Sequence[Layer], feed: Feed) -> Ties:
-    """The ties of all tensors, whose shapes one run tells; the feed is one that the model runs on."""
+def ties_of(graph: Graph, layers: Sequence[Layer], feed: Feed, most: float = math.inf) -> Ties:
+    """The ties of all tensors of at most so many channels, whose shapes one run tells; the feed is one that the model runs on.
+
+    What wider tensors are tied to stays, for they are not followed.
+    """
     made = [name for node in graph.nodes for name in node.output if name and graph.constant(name) is None]
-    return tie_channels(graph, layers, tensor_shapes(graph.snapshot(), [*graph.inputs, *made], feed))
+    return tie_channels(graph, layers, tensor_shapes(graph.snapshot(), [*graph.inputs, *made], feed), most)
 
 
-def tie_channels(graph: Graph, layers: Sequence[Layer], shapes: Shapes) -> Ties:
+def tie_channels(graph: Graph, layers: Sequence[Layer], shapes: Shapes, most: float = math.inf) -> Ties:
     """Follow every operator of the graph. `shapes` holds the tensors with channels: [N, C, ...] as they run."""
-    walk = _Walk(graph, {id(layer.node): layer for layer in layers}, shapes)
+    walk = _Walk(graph, {id(layer.node): layer for layer in layers}, shapes, most)
     for name in graph.inputs:
         walk.keep(name, "an input of the model")
     for name in graph.outputs:
@@ -77,6 +80,7 @@ class _Walk:
     graph: Graph
     layers: Mapping[int, Layer]  # by the id of their node
     shapes: Shapes
+    most: float  # channels of a tensor that is followed
     first: dict[str, int] = field(default_factory=dict)  # tensor -> vertex of its channel 0
     count: int = 0
     edges: list[tuple[Ints, Ints]] = field(default_factory=list)
@@ -86,7 +90,7 @@ class _Walk:
 
     def __post_init__(self) -> None:
         for name, shape in self.shapes.items():
-            if len(shape) > CHANNEL_AXIS:
+            if len(shape) > CHANNEL_AXIS and shape[CHANNEL_AXIS] <= self.most:
                 self.first[name] = self.count
                 self.count += shape[CHANNEL_AXIS]
 
@@ -151,16 +155,18 @@ def _weighted(walk: _Walk, node: onnx.NodeProto) -> bool:
     """Depthwise: each output channel belongs to one input channel. Full: two sets of channels meet."""
     layer = walk.layers.get(id(node))
     source, target = node.input[0], node.output[0]
-    if layer is None or source not in walk.first or target not in walk.first:
+    if layer is None or any(len(walk.shapes.get(name, ())) <= CHANNEL_AXIS for name in (source, target)):
+        return False
+    if layer.groups == 1:
+        return layer.window is not None or len(walk.shapes[source]) == 2
+    if source not in walk.first or target not in walk.first:
         return False
     inputs, outputs = walk.channels(source), walk.channels(target)
-    if layer.groups == inputs > 1:
+    if layer.groups == inputs:
         return walk.tie(np.repeat(walk.vertices(source), outputs // inputs), walk.vertices(target))
-    if layer.groups > 1:
-        for name in (source, target):
-            walk.keep(name, f"{node.op_type} {node_name(node)} has {layer.groups} groups")
-        return True
-    return layer.window is not None or len(walk.shapes[source]) == 2
+    for name in (source, target):
+        walk.keep(name, f"{node.op_type} {node_name(node)} has {layer.groups} groups")
+    return True
 
 
 def _each(walk: _Walk, node: onnx.NodeProto) -> bool:

@@ -48,7 +48,7 @@ def order_channels(
     """
     if not limits:
         return layers, samples, statistics
-    ties = ties_of(graph, layers, feed)
+    ties = ties_of(graph, layers, feed, MOST_CHANNELS)
     orders: dict[str, Indices] = {}
     for group in find_groups(graph, layers, ties):
         readers = [layer for layer in group.readers if layer.name in limits and _in_pairs(graph, layer, group)]
@@ -63,7 +63,7 @@ def order_channels(
 
 def is_free(group: Group, slots: Slots, ties: Ties, samples: Samples) -> bool:
     """Whether there is an order to choose, and nothing asks for the one that is there."""
-    if not 2 < len(group.units) <= MOST_CHANNELS or any(int(unit) in ties.reasons for unit in group.units):
+    if len(group.units) <= 2 or any(int(unit) in ties.reasons for unit in group.units):
         return False
     side_by_side = (places == places[:, :1] + np.arange(places.shape[1]) for places in slots.values())
     return all(samples.moments[layer.name].blocks == 1 for layer in group.readers) and all(map(np.all, side_by_side))

@@ -137,18 +137,18 @@ net (float[N,3,10,10] x) => (float[N,10] y) {
 """
 
 
-def heavy(seed=0):
+def heavy(seed=0, classes=10):
     """Two of sixteen channels are large, in every filter of w2, and stand side by side."""
     rng = np.random.default_rng(seed)
-    shapes = {"w0": (16, 3, 3, 3), "w1": (16, 1, 3, 3), "w2": (12, 16, 1, 1), "w3": (10, 12)}
+    shapes = {"w0": (16, 3, 3, 3), "w1": (16, 1, 3, 3), "w2": (12, 16, 1, 1), "w3": (classes, 12)}
     tensors = {name: rng.normal(0, 0.3, shape) for name, shape in shapes.items()}
     tensors |= {f"b{i}": rng.normal(0.2, 0.1, shape[0]) for i, shape in enumerate(shapes.values())}
     tensors["w2"][:, 6:8] = 1.5 + rng.normal(0, 0.1, (12, 2, 1, 1))
-    return with_weights(NET, tensors)
+    return with_weights(NET.replace("N,10]", f"N,{classes}]"), tensors)
 
 
-def ordered(limits):
-    model = heavy()
+def ordered(limits, **options):
+    model = heavy(**options)
     graph = Graph(onnx.ModelProto.FromString(model.SerializeToString()))
     layers, _ = find_layers(graph)
     seen = sample(graph.snapshot(), layers, ["b", "d"], [samples(model, 32)], np.random.default_rng(0), {}, None)
@@ -173,6 +173,19 @@ def test_nothing_moves_where_no_kernel_saturates(limits):
     model, graph, *_ = ordered(limits)
     for name in ("w0", "w1", "w2", "w3"):
         np.testing.assert_array_equal(graph.constant(name), Graph(model).constant(name))
+
+
+@pytest.mark.parametrize("most", [12, 11])
+def test_what_a_layer_of_many_channels_reads_has_an_order(monkeypatch, most):
+    """Wider tensors, here of 16 and 20 channels, are not followed, and cost neither memory nor the order beside them."""
+    monkeypatch.setattr(order, "MOST_CHANNELS", most)
+    model, graph, *_ = ordered({"w2": 128, "w3": 128}, classes=20)
+    old = Graph(model)
+    np.testing.assert_array_equal(graph.constant("w1"), old.constant("w1"))
+    moved = not np.array_equal(graph.constant("w3"), old.constant("w3"))
+    assert moved == (most == 12)
+    for exact, answer in zip(answers(model, samples(model)), answers(graph.snapshot(), samples(model)), strict=True):
+        np.testing.assert_allclose(answer, exact, rtol=0, atol=EXACT * np.abs(exact).max())
 
 
 def test_grids_are_finer_on_kernels_that_saturate(monkeypatch):
