@@ -9,6 +9,7 @@ same way, and a Pad of zeros before it joins its own pads. The function of the n
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import onnx
@@ -90,7 +91,7 @@ def _affine(graph: Graph, layer: Layer, node: onnx.NodeProto) -> Affine | None:
     if node.op_type not in ("Add", "Mul") or layer.window is None or len(node.input) != 2:
         return None
     constant = graph.constant(node.input[1 - list(node.input).index(layer.node.output[0])])
-    values = None if constant is None else _per_channel(constant, channels, rank=2 + len(layer.window.kernel))
+    values = None if constant is None else per_channel(constant, channels, 2 + len(layer.window.kernel), 1)
     if values is None:
         return None
     if node.op_type == "Add":
@@ -98,12 +99,17 @@ def _affine(graph: Graph, layer: Layer, node: onnx.NodeProto) -> Affine | None:
     return Affine(values, np.zeros(channels))
 
 
-def _per_channel(constant: np.ndarray[tuple[int, ...], np.dtype[np.float64]], channels: int, rank: int) -> F64 | None:
-    """The constant as one value per channel (axis 1), None where it differs along another axis or adds one."""
+def per_channel(
+    constant: np.ndarray[tuple[int, ...], np.dtype[Any]], channels: int, rank: int, axis: int
+) -> F64 | None:
+    """A constant operand of a tensor of this rank, as one value per channel along the axis, [channels].
+
+    None where it differs along another axis, or adds one.
+    """
     if constant.ndim > rank:
         return None
     shape = (1,) * (rank - constant.ndim) + constant.shape
-    if shape[1] not in (1, channels) or constant.size != shape[1]:
+    if shape[axis] not in (1, channels) or constant.size != shape[axis]:
         return None
     return np.broadcast_to(constant.astype(np.float64).ravel(), (channels,)).copy()
 

@@ -5,10 +5,11 @@ A network that takes x_c = (p - mean_c) / std_c of pixels p, channels c apart, r
 
     p = std x + mean,    W x + b = (W / std) p + b - sum W mean / std
 
-computed in float at the input, each pixel is one code, and what the first layer reads is exact. It pads with zeros, which are
+computed in float in front of it, each pixel is one code, and what the first layer reads is exact. It pads with zeros, which are
 pixels of the mean: so the input is padded before, and there alone up to half a pixel is lost. Decoded images are whole numbers;
 those that were resized in float are rounded by as much as before. Where one mean serves all channels, they share a grid too:
-it holds the pixels, or (127.5) lies between them, where padding would lie then.
+it holds the pixels, or (127.5) lies between them, where padding would lie then. Whether the caller normalizes, or the model
+itself in front of its first layer, is all the same.
 
 Pad, Mul and Add take a hundredth of a small network's time or two, so they are worth it only where weights and activations
 have 8 bits: below, a sixteenth of the noise or more comes from elsewhere.
@@ -23,14 +24,15 @@ import numpy as np
 import onnx
 
 from onnx_lwdf.activations.inputs import InputSpec
-from onnx_lwdf.activations.normalization import ESTIMATED, Normalization
+from onnx_lwdf.activations.normalization import AS_BYTES, ESTIMATED, Normalization
 from onnx_lwdf.config import TARGETS, Config
 from onnx_lwdf.graph import Graph, attribute
 from onnx_lwdf.layers import Bits, Layer, committed, set_pads
-from onnx_lwdf.precondition.bounds import SAME_VALUES
+from onnx_lwdf.precondition.fold import Affine, per_channel
 from onnx_lwdf.precondition.transform import change_reader, diagonal
 
 BITS = 8
+FLOATS = (onnx.TensorProto.FLOAT, onnx.TensorProto.DOUBLE)  # which hold 256 pixels exactly
 
 
 def read_pixels(
@@ -43,33 +45,70 @@ def read_pixels(
     by_node = {id(layer.node): layer for layer in layers}
     exposed = {}
     for spec in inputs:
-        reader, known = by_node.get(id(_reader(graph, spec))), spec.normalization
-        if reader is not None and known is not None and known.apart and known.name != ESTIMATED and _fits(reader, spec):
-            exposed[spec.name] = _expose(graph, reader, known)
+        node, known = _first(graph, spec)
+        layer = by_node.get(id(node))
+        if layer is not None and known is not None and known.apart and _fits(layer):
+            exposed[spec.name] = _expose(graph, layer, known)
     if not exposed:
         return layers, inputs
     return committed(graph, layers), tuple(replace(spec, pixels=exposed.get(spec.name)) for spec in inputs)
 
 
-def _reader(graph: Graph, spec: InputSpec) -> onnx.NodeProto | None:
-    """The only node that reads the input's values, channels on axis 1, behind what only moves them; shapes do not count."""
+def _first(graph: Graph, spec: InputSpec) -> tuple[onnx.NodeProto | None, Normalization | None]:
+    """The only node that computes with the input's values, channels on axis 1, and how what it reads is normalized.
+
+    What moves values, or normalizes them, is passed; shapes do not count. None, None where there is no such node.
+    """
+    known = spec.normalization
+    if not spec.image or known is None or known.name == ESTIMATED:
+        return None, None
+    if spec.dtype.kind != "f" and (known.apart or known.range != AS_BYTES.range):  # rounded once they were normalized
+        return None, None
     tensor, axes = spec.name, list(range(len(spec.shape) + 1))
-    channels = axes[-1] if spec.channels_last else 1
+    axis = axes[-1] if spec.channels_last else 1
+    channels = spec.shape[axis - 1]
+    mean, std = np.broadcast_to(known.mean, channels), np.broadcast_to(known.std, channels)
     while True:
         readers = [node for node in graph.consumers[tensor] if node.op_type != "Shape"]
         if len(readers) != 1 or tensor in graph.outputs or tensor in graph.captured:
-            return None
-        if readers[0].op_type not in SAME_VALUES:
-            return readers[0] if axes[1:2] == [channels] else None
-        if readers[0].op_type == "Transpose":
-            axes = [axes[axis] for axis in attribute(readers[0], "perm", axes[::-1])]
-        tensor = readers[0].output[0]
+            return None, None
+        node = readers[0]
+        if node.op_type == "Transpose":
+            axes = [axes[moved] for moved in attribute(node, "perm", axes[::-1])]
+        else:
+            step = _step(graph, node, tensor, channels, len(axes), axes.index(axis))
+            if step is None:
+                found = Normalization(known.name, tuple(mean.tolist()), tuple(std.tolist()))
+                return (node, found) if axes.index(axis) == 1 else (None, None)
+            mean, std = mean - step.shift * std / step.scale, std / step.scale
+        tensor = node.output[0]
 
 
-def _fits(layer: Layer, spec: InputSpec) -> bool:
+def _step(graph: Graph, node: onnx.NodeProto, tensor: str, channels: int, rank: int, axis: int) -> Affine | None:
+    """What the node makes of the tensor's channels, None where that is more than a scale and a shift of each."""
+    one, zero = np.ones(channels), np.zeros(channels)
+    if node.op_type == "Identity" or (node.op_type == "Cast" and attribute(node, "to", 0) in FLOATS):
+        return Affine(one, zero)
+    if node.op_type not in ("Add", "Sub", "Mul", "Div") or node.input[0] == node.input[1]:
+        return None
+    first = node.input[0] == tensor
+    constant = graph.constant(node.input[1 if first else 0])
+    values = None if constant is None else per_channel(constant, channels, rank, axis)
+    if values is None or not np.isfinite(values).all():
+        return None
+    if node.op_type == "Add":
+        return Affine(one, values)
+    if node.op_type == "Sub":
+        return Affine(one, -values) if first else Affine(-one, values)
+    if not values.all() or (node.op_type == "Div" and not first):
+        return None
+    return Affine(values if node.op_type == "Mul" else 1 / values, zero)
+
+
+def _fits(layer: Layer) -> bool:
     """Whether the layer can read bytes."""
     padded = layer.op == "Conv" and layer.window is not None and layer.window.pads is not None
-    return padded and layer.bias is not None and spec.dtype.kind == "f"
+    return padded and layer.bias is not None
 
 
 def _expose(graph: Graph, layer: Layer, normalization: Normalization) -> str:

@@ -9,7 +9,7 @@ import pytest
 from onnx_lwdf import compress
 from onnx_lwdf.activations.images import scenes
 from onnx_lwdf.activations.inputs import read_inputs
-from onnx_lwdf.activations.normalization import CONVENTIONS, Normalization
+from onnx_lwdf.activations.normalization import AS_BYTES, CONVENTIONS, Normalization
 from onnx_lwdf.config import Config
 from onnx_lwdf.graph import Graph
 from onnx_lwdf.layers import Bits, find_layers
@@ -45,6 +45,36 @@ def normalized(images, normalization):
 
 def options(normalization):
     return {"input_mean": normalization.mean, "input_std": normalization.std}
+
+
+def normalizing(steps, x="float[N,3,12,12]"):
+    """A text whose steps make n of x."""
+    text = STEM.replace("float[N,3,12,12]", x).replace("(x, w", "(n, w")
+    return text.replace("y = Conv", f"{steps}\n    y = Conv")
+
+
+OWN = {  # text, the constants' axis of channels
+    "sub div": (normalizing("c = Sub (x, mean) n = Div (c, std)"), 1),
+    "mul add": (normalizing("c = Mul (gain, x) n = Add (shift, c)"), 1),
+    "turned round": (normalizing("d = Sub (mean, x) e = Mul (d, minus) n = Div (e, std)"), 1),
+    "bytes": (normalizing("f = Cast <to = 1> (x) c = Sub (f, mean) n = Div (c, std)", "uint8[N,3,12,12]"), 1),
+    "half": (normalizing("f = Cast <to = 1> (x) c = Sub (f, mean) n = Div (c, std)", "float16[N,3,12,12]"), 1),
+    "rows": (
+        normalizing("c = Sub (x, mean) d = Div (c, std) n = Transpose <perm = [0,3,1,2]> (d)", "float[N,12,12,3]"),
+        3,
+    ),
+}
+
+
+def own(text, normalization=TORCHVISION, axis=1):
+    """A model that reads pixels and normalizes them itself."""
+    model, shape = stem(text), [1] * 4
+    shape[axis] = 3
+    mean, std = (np.reshape(values, shape) for values in (normalization.mean, normalization.std))
+    constants = {"mean": mean, "std": std, "gain": 1 / std, "shift": -mean / std, "minus": np.array(-1.0)}
+    for name, value in constants.items():
+        model.graph.initializer.append(onnx.numpy_helper.from_array(value.astype(np.float32), name))
+    return model
 
 
 def read(model, normalization=TORCHVISION, bits=8, **more):
@@ -97,6 +127,45 @@ def test_the_function_stays_and_codes_are_pixels(text, kernel, normalization):
         np.testing.assert_allclose(held[:, :, 1:-1, 1:-1], images, rtol=0, atol=1e-3)
         mean = np.broadcast_to(np.array(normalization.mean).reshape(1, -1, 1, 1), held[:, :, :1].shape)
         np.testing.assert_allclose(held[:, :, :1], mean, rtol=1e-6)
+
+
+@pytest.mark.parametrize("normalization", [TORCHVISION, CAFFE], ids=lambda known: known.name)
+@pytest.mark.parametrize(("text", "axis"), OWN.values(), ids=OWN)
+def test_a_model_that_normalizes_by_itself_is_read_as_bytes_behind_that(text, axis, normalization):
+    model, images = own(text, normalization, axis), pixels()
+    kind = np.uint8 if "uint8" in text else np.float16 if "float16" in text else np.float32
+    feeds = {"x": np.ascontiguousarray(images.transpose(0, 2, 3, 1) if axis == 3 else images).astype(kind)}
+    (exact,) = answers(model, feeds)
+    graph, _, spec = read(model, AS_BYTES)
+    assert spec.pixels is not None
+    (answer,) = answers(graph.snapshot(), feeds)
+    np.testing.assert_allclose(answer, exact, rtol=0, atol=1e-5 * np.abs(exact).max())  # as above
+    graph.set_outputs([spec.pixels])
+    graph.commit()
+    (held,) = answers(graph.model, feeds)
+    np.testing.assert_allclose(held[:, :, 1:-1, 1:-1], images, rtol=0, atol=1e-3)
+
+
+@pytest.mark.parametrize(
+    "steps",
+    [
+        "c = Sub (x, mean) n = Div (c, zeros)",
+        "c = Sub (x, mean) n = Div (std, c)",
+        "c = Sub (x, minus) n = Div (c, minus)",  # one mean for all
+        "n = Mul (x, x)",
+        "c = Sub (x, plane) n = Div (c, std)",
+        "c = Cast <to = 6> (x) d = Cast <to = 1> (c) e = Sub (d, mean) n = Div (e, std)",
+        "c = Clip (x) d = Sub (c, mean) n = Div (d, std)",
+    ],
+    ids=["zero", "reciprocal", "one mean", "square", "plane", "rounded", "clip"],
+)
+def test_what_is_no_normalization_of_channels_is_left_alone(steps):
+    model = own(normalizing(steps))
+    for name, shape in (("zeros", (1, 3, 1, 1)), ("plane", (1, 3, 12, 12))):
+        model.graph.initializer.append(onnx.numpy_helper.from_array(np.zeros(shape, np.float32), name))
+    graph, _, spec = read(model, AS_BYTES)
+    assert spec.pixels is None
+    assert [node.op_type for node in graph.nodes] == [node.op_type for node in model.graph.node]
 
 
 @pytest.mark.parametrize(
