@@ -11,7 +11,7 @@ import numpy.typing as npt
 import onnx
 
 from onnx_lwdf.activations.taps import Align, Feed, replace_aligned, samples_in
-from onnx_lwdf.graph import Graph
+from onnx_lwdf.graph import Graph, operator
 from onnx_lwdf.runtime import Array, copy_of, open_session, run
 from onnx_lwdf.statistics import Statistics
 
@@ -88,7 +88,7 @@ class Backward:
         """What decides stands in front of it: behind it, a confident answer has no slope. A Sigmoid's values are answers."""
         node = self.graph.producer.get(name)
         plain = ("Softmax", "LogSoftmax", "Identity")
-        return self._before_softmax(node.input[0]) if node is not None and node.op_type in plain else name
+        return self._before_softmax(node.input[0]) if node is not None and operator(node) in plain else name
 
     def _through(self, node: onnx.NodeProto) -> None:
         outputs = [name for name in node.output if name in self.parts or name in self.blocked]
@@ -106,7 +106,7 @@ class Backward:
                 self._block(node)
 
     def _rule(self, node: onnx.NodeProto) -> Rule | None:
-        return self.rules.get(node.op_type) if node.domain in ("", "ai.onnx") else None
+        return self.rules.get(operator(node))
 
     def _block(self, node: onnx.NodeProto) -> None:
         self.blocked.update(self.original.get(name, name) for name in node.input if name)

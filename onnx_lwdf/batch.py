@@ -15,7 +15,7 @@ import onnx
 
 from onnx_lwdf.activations.inputs import InputSpec
 from onnx_lwdf.errors import ModelError
-from onnx_lwdf.graph import Graph, attribute
+from onnx_lwdf.graph import Graph, attribute, operator
 from onnx_lwdf.runtime import Array, copy_of, open_session, run
 
 TOLERANCE = (
@@ -77,7 +77,7 @@ def _fixed(info: onnx.ValueInfoProto, size: int) -> bool:
 def _free_targets(graph: Graph, size: int) -> Iterator[str]:
     """Free the shapes of Reshapes; their names."""
     for node in graph.nodes:
-        if node.op_type != "Reshape" or len(node.input) < 2 or attribute(node, "allowzero", 0):
+        if operator(node) != "Reshape" or len(node.input) < 2 or attribute(node, "allowzero", 0):
             continue
         target = graph.constant(node.input[1])
         if target is None or graph.constant(node.input[0]) is not None or target.size < 2 or target[0] != size:

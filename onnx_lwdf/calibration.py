@@ -23,7 +23,7 @@ from onnx_lwdf.config import TARGETS, Config
 from onnx_lwdf.emit import qdq
 from onnx_lwdf.gates import Span
 from onnx_lwdf.gradients import Sensitivities, strengths
-from onnx_lwdf.graph import Graph
+from onnx_lwdf.graph import Graph, operator
 from onnx_lwdf.influence import TINY, numbers, power_share, relative_error
 from onnx_lwdf.layers import Bits, Layer, blocks, find_layers, set_bias, shape_of, weight_of
 from onnx_lwdf.layerwise import bias_behind_grid
@@ -119,7 +119,7 @@ def _given(site: Site, spans: Mapping[str, Span]) -> bool:
 def _pooled(graph: Graph, site: Site) -> bool:
     """Behind a global pool, with 8 bits: at the end of a network, whatever the noise of the others."""
     node = graph.producer.get(site.tensors[0])
-    return site.bits == 8 and node is not None and node.op_type == "GlobalAveragePool"
+    return site.bits == 8 and node is not None and operator(node) == "GlobalAveragePool"
 
 
 def _weighted_values(

@@ -19,7 +19,7 @@ import numpy as np
 import onnx
 from onnx import numpy_helper
 
-from onnx_lwdf.graph import Graph
+from onnx_lwdf.graph import Graph, operator
 from onnx_lwdf.layers import Layer
 from onnx_lwdf.ranges import F64
 from onnx_lwdf.runtime import Array, open_session, run
@@ -126,9 +126,9 @@ def scale_output(graph: Graph, gate: Gate, factor: F64) -> None:
     node = gate.nodes[-1]
     known = [(index, graph.constant(name)) for index, name in enumerate(node.input)]
     constants = [(index, value) for index, value in known if value is not None]
-    if constants and (node.op_type == "Mul" or (node.op_type == "Div" and constants[0][0] == 1)):
+    if constants and (operator(node) == "Mul" or (operator(node) == "Div" and constants[0][0] == 1)):
         index, old = constants[0]
-        power = 1 if node.op_type == "Mul" else -1
+        power = 1 if operator(node) == "Mul" else -1
         value = old.astype(np.float64).reshape(-1, *(1,) * gate.axes) * gate.shaped(factor).astype(np.float64) ** power
         graph.set_input(node, index, value.astype(np.float32), f"{gate.output}.factor")
         return
@@ -147,11 +147,11 @@ def _axes(graph: Graph, layers: Sequence[Layer]) -> dict[str, int]:
         name = node.output[0] if node.output else ""
         if name in known:
             found[name] = known[name]
-        elif node.op_type in (*LINEAR, *BENT, *CURVED, *PASSING):
+        elif operator(node) in (*LINEAR, *BENT, *CURVED, *PASSING):
             axes = {found[source] for source in node.input if source in found}
             if len(axes) == 1:
                 found[name] = axes.pop()
-        elif node.op_type == "Flatten" and node.input[0] in found:
+        elif operator(node) == "Flatten" and node.input[0] in found:
             found[name] = 0
     return found
 
@@ -163,8 +163,8 @@ def _gate(graph: Graph, source: str, axes: int) -> Gate | None:
     while (node := next(_next(graph, tensors, nodes, axes), None)) is not None:
         nodes.append(node)
         tensors.append(node.output[0])
-        product = node.op_type in ("Mul", "Div") and all(name in tensors for name in node.input)
-        curved = curved or product or node.op_type in CURVED
+        product = operator(node) in ("Mul", "Div") and all(name in tensors for name in node.input)
+        curved = curved or product or operator(node) in CURVED
         if curved and all(_hidden(graph, name, nodes) for name in tensors[:-1]):
             found = Gate(source, node.output[0], tuple(nodes), axes)
     return found
@@ -174,7 +174,7 @@ def _next(graph: Graph, tensors: list[str], nodes: list[onnx.NodeProto], axes: i
     """Elementwise nodes that read these tensors and constants alone."""
     for tensor in tensors:
         for node in graph.consumers[tensor]:
-            fits = node.op_type in (*LINEAR, *BENT, *CURVED) and node.domain in ("", "ai.onnx")
+            fits = operator(node) in (*LINEAR, *BENT, *CURVED)
             if not fits or len(node.output) != 1 or any(node is other for other in nodes):
                 continue
             if all(not name or name in tensors or _fits(graph, name, axes) for name in node.input):

@@ -98,9 +98,9 @@ class Graph:
         node = self.producer.get(tensor)
         if node is None:
             return None
-        if node.op_type == "Constant":
+        if operator(node) == "Constant":
             return _constant_value(node)
-        if node.op_type == "Identity":
+        if operator(node) == "Identity":
             value = self.constant(node.input[0])
             return None if value is None else np.array(value)
         if self._folded is None:
@@ -297,6 +297,11 @@ class Graph:
 def node_name(node: onnx.NodeProto) -> str:
     """The node's name, or one made of its operator and output where it has none."""
     return node.name or f"{node.op_type}:{node.output[0]}"
+
+
+def operator(node: onnx.NodeProto) -> str:
+    """`Conv`, or `domain::Conv` where it is not ONNX's own: such a one may do anything under a known name."""
+    return node.op_type if node.domain in ("", "ai.onnx") else f"{node.domain}::{node.op_type}"
 
 
 def drop_attributes(node: onnx.NodeProto, *names: str) -> None:

@@ -18,7 +18,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 import onnx
 
-from onnx_lwdf.graph import Graph, attribute, drop_attributes, node_name, subgraphs
+from onnx_lwdf.graph import Graph, attribute, drop_attributes, node_name, operator, subgraphs
 from onnx_lwdf.runtime import Array
 from onnx_lwdf.vectors import Vectors, vectors
 
@@ -124,18 +124,18 @@ def find_layers(graph: Graph, exclude: Iterable[str] = ()) -> tuple[list[Layer],
     seen: dict[str, int] = {}
     for node in graph.nodes:
         skipped.extend(_inner(node))
-        if node.op_type not in (*WEIGHTED, *LEFT_ALONE) or node.domain not in ("", "ai.onnx"):
+        if operator(node) not in (*WEIGHTED, *LEFT_ALONE):
             continue
         name = node_name(node)
         seen[name] = seen.get(name, 0) + 1
         name = name if seen[name] == 1 else f"{name}#{seen[name]}"
         reason = _refusal(graph, node)
-        if reason is None and any(matches(pattern, name, node.op_type) for pattern in exclude):
+        if reason is None and any(matches(pattern, name, operator(node)) for pattern in exclude):
             reason = "excluded"
         if reason is None:
             layers.append(replace(_layer(graph, node), name=name))
         else:
-            skipped.append(Skipped(name, node.op_type, _shape(graph, node), reason))
+            skipped.append(Skipped(name, operator(node), _shape(graph, node), reason))
     skipped.extend(_in_functions(graph.model))
     return layers, skipped
 
@@ -310,13 +310,13 @@ def from_canonical(layer: Layer, weight: Array, shape: tuple[int, ...]) -> Array
 def _layer(graph: Graph, node: onnx.NodeProto) -> Layer:
     value = graph.constant(node.input[1])
     assert value is not None, node.name
-    convolution = node.op_type in ("Conv", "ConvTranspose")
+    convolution = operator(node) in ("Conv", "ConvTranspose")
     return Layer(
         name=node_name(node),
-        op=node.op_type,
+        op=operator(node),
         node=node,
         groups=int(attribute(node, "group", 1)) if convolution else 1,
-        transposed=node.op_type == "Gemm" and bool(attribute(node, "transB", 0)),
+        transposed=operator(node) == "Gemm" and bool(attribute(node, "transB", 0)),
         window=window_of(node, value.shape[2:]) if convolution else None,
         bias=_bias_place(graph, node),
     )
@@ -344,10 +344,10 @@ def window_of(node: onnx.NodeProto, kernel: tuple[int, ...]) -> Window:
 
 def _bias_place(graph: Graph, node: onnx.NodeProto) -> tuple[onnx.NodeProto, int] | None:
     """Conv and Gemm hold their bias themselves; a MatMul's bias is the constant of the Add behind it."""
-    if node.op_type != "MatMul":
+    if operator(node) != "MatMul":
         return node, 2
     value, follower = graph.constant(node.input[1]), graph.sole_consumer(node.output[0])
-    if follower is None or follower.op_type != "Add" or value is None:
+    if follower is None or operator(follower) != "Add" or value is None:
         return None
     index = 1 - list(follower.input).index(node.output[0])
     bias = graph.constant(follower.input[index])
@@ -358,13 +358,13 @@ def _bias_place(graph: Graph, node: onnx.NodeProto) -> tuple[onnx.NodeProto, int
 
 def _refusal(graph: Graph, node: onnx.NodeProto) -> str | None:
     """Why the node cannot be compressed, None where it can."""
-    if node.op_type in LEFT_ALONE:
-        return LEFT_ALONE[node.op_type]
+    if operator(node) in LEFT_ALONE:
+        return LEFT_ALONE[operator(node)]
     weight, maker = graph.constant(node.input[1]), graph.producer.get(node.input[1])
     if weight is None:
-        if maker is not None and maker.op_type == "DequantizeLinear":
+        if maker is not None and operator(maker) == "DequantizeLinear":
             return "the weight is already quantized"
-        if node.op_type == "MatMul" and graph.constant(node.input[0]) is not None:
+        if operator(node) == "MatMul" and graph.constant(node.input[0]) is not None:
             return "the constant is on the left side"
         return "the weight is not constant"
     if node.input[1] in graph.outputs:
@@ -375,13 +375,13 @@ def _refusal(graph: Graph, node: onnx.NodeProto) -> str | None:
         return "the weight is empty"
     if graph.constant(node.input[0]) is not None:
         return "the input is constant"
-    if node.op_type == "MatMul" and weight.ndim != 2:
+    if operator(node) == "MatMul" and weight.ndim != 2:
         return f"the weight has {weight.ndim} dimensions, not 2"
     if not _fits(graph, node, weight):
         return "its shapes do not fit together"
-    if node.op_type == "Gemm":
+    if operator(node) == "Gemm":
         return _gemm_refusal(graph, node)
-    if node.op_type == "ConvTranspose" and attribute(node, "group", 1) != 1:
+    if operator(node) == "ConvTranspose" and attribute(node, "group", 1) != 1:
         return "a grouped ConvTranspose has no axis along which its outputs run"
     bias = node.input[2] if len(node.input) > 2 else ""
     return "the bias is not constant" if bias and graph.constant(bias) is None else None
@@ -389,10 +389,10 @@ def _refusal(graph: Graph, node: onnx.NodeProto) -> str | None:
 
 def _fits(graph: Graph, node: onnx.NodeProto, weight: Array) -> bool:
     """Whether weight, groups and constant bias can belong to one layer; nobody else has looked at the file so far."""
-    if node.op_type == "MatMul":
+    if operator(node) == "MatMul":
         return True
     groups = int(attribute(node, "group", 1))
-    rank = weight.ndim == 2 if node.op_type == "Gemm" else weight.ndim > 2
+    rank = weight.ndim == 2 if operator(node) == "Gemm" else weight.ndim > 2
     if not rank or groups < 1 or weight.shape[0] % groups:
         return False
     layer = _layer(graph, node)
@@ -420,14 +420,16 @@ def _shape(graph: Graph, node: onnx.NodeProto) -> tuple[int, ...]:
 def _inner(node: onnx.NodeProto) -> Iterable[Skipped]:
     for inner_graph in subgraphs(node):
         for inner in inner_graph.node:
-            if inner.op_type in WEIGHTED:
-                yield Skipped(f"{node_name(node)}/{node_name(inner)}", inner.op_type, (), f"inside a {node.op_type}")
+            if operator(inner) in WEIGHTED:
+                yield Skipped(
+                    f"{node_name(node)}/{node_name(inner)}", operator(inner), (), f"inside a {operator(node)}"
+                )
             yield from _inner(inner)
 
 
 def _in_functions(model: onnx.ModelProto) -> Iterable[Skipped]:
     for function in model.functions:
         for inner in function.node:
-            if inner.op_type in WEIGHTED:
+            if operator(inner) in WEIGHTED:
                 name = f"{function.name}/{node_name(inner)}"
-                yield Skipped(name, inner.op_type, (), f"inside the local function {function.name}")
+                yield Skipped(name, operator(inner), (), f"inside the local function {function.name}")

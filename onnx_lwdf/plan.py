@@ -7,7 +7,7 @@ from dataclasses import replace
 
 from onnx_lwdf.config import Config
 from onnx_lwdf.errors import OptionError
-from onnx_lwdf.graph import Graph
+from onnx_lwdf.graph import Graph, operator
 from onnx_lwdf.layers import WEIGHTED, Bits, Layer, Skipped, matches
 from onnx_lwdf.layerwise import largest_code, method_of
 from onnx_lwdf.solvers import SOLVERS
@@ -53,7 +53,7 @@ def first_and_last(graph: Graph) -> tuple[set[str], set[str]]:
     """Outputs of the weighted nodes that have no weighted node before them, and of those that have none behind them."""
     before = _reached(graph, forward=True)
     behind = _reached(graph, forward=False)
-    weighted = [node.output[0] for node in graph.nodes if node.op_type in WEIGHTED]
+    weighted = [node.output[0] for node in graph.nodes if operator(node) in WEIGHTED]
     first = {output for output in weighted if not before[output]}
     return first, {output for output in weighted if not behind[output]}
 
@@ -67,5 +67,5 @@ def _reached(graph: Graph, forward: bool) -> Mapping[str, bool]:
         found = any(carried.get(name, False) for name in sources)
         result[node.output[0]] = found
         for name in targets:
-            carried[name] = carried.get(name, False) or found or node.op_type in WEIGHTED
+            carried[name] = carried.get(name, False) or found or operator(node) in WEIGHTED
     return result

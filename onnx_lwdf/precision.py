@@ -17,7 +17,7 @@ import onnx
 from onnx import numpy_helper, shape_inference
 
 from onnx_lwdf.errors import ModelError
-from onnx_lwdf.graph import Graph, attribute, subgraphs
+from onnx_lwdf.graph import Graph, attribute, operator, subgraphs
 from onnx_lwdf.runtime import first_line
 
 _T = onnx.TensorProto
@@ -88,7 +88,7 @@ def widen(model: onnx.ModelProto) -> Precision:
 def halve(graph: Graph) -> None:
     """Store float32 tensors in two bytes a value, where that loses nothing to speak of and saves more than its Cast takes."""
     for name, proto in list(graph.initializers.items()):
-        read = [reader.op_type for reader in graph.consumers[name]]
+        read = [operator(reader) for reader in graph.consumers[name]]
         apart = name.endswith(".scale") or name in graph.outputs or name in graph.captured
         if proto.data_type != _T.FLOAT or apart or "QuantizeLinear" in read or "DequantizeLinear" in read:
             continue
@@ -153,7 +153,7 @@ def _drop_casts(model: onnx.ModelProto) -> None:
     float32 |= {tensor.name for tensor in inferred.initializer if tensor.data_type == _T.FLOAT}
     graph = Graph(model)
     for node in list(graph.nodes):
-        if node.op_type != "Cast" or attribute(node, "to") != _T.FLOAT or node.input[0] not in float32:
+        if operator(node) != "Cast" or attribute(node, "to") != _T.FLOAT or node.input[0] not in float32:
             continue
         source, target = node.input[0], node.output[0]
         maker = graph.producer.get(source)
@@ -188,7 +188,7 @@ def _inner(node: onnx.NodeProto) -> Iterator[onnx.NodeProto]:
 def _values(model: onnx.ModelProto) -> dict[int, int]:
     """Float type -> number of values in constants of it with more than one axis, which are what weights are."""
     tensors = [tensor for graph in _graphs(model) for tensor in graph.initializer]
-    tensors += [item.t for node in _nodes(model) if node.op_type == "Constant" for item in node.attribute]
+    tensors += [item.t for node in _nodes(model) if operator(node) == "Constant" for item in node.attribute]
     found: Counter[int] = Counter()
     for tensor in tensors:
         if tensor.data_type in VALUE_BYTES and len(tensor.dims) > 1:

@@ -16,7 +16,7 @@ from onnx_lwdf.batch import FixedBatch, free_batch
 from onnx_lwdf.config import Config
 from onnx_lwdf.emit import oldest_opset, operators
 from onnx_lwdf.errors import ModelError
-from onnx_lwdf.graph import Graph, node_name
+from onnx_lwdf.graph import Graph, node_name, operator
 from onnx_lwdf.layers import Bits, Layer, Pruning, Skipped, find_layers, sources
 from onnx_lwdf.mapped import Scratch
 from onnx_lwdf.model_io import fix_initializers, inline_functions, raise_opset
@@ -93,7 +93,7 @@ def prepare(
     idle = [layer for layer in layers if layer.name not in touched]
     skipped += [_left(graph, layer, pruning[layer.name].note) for layer in idle]
     layers = [layer for layer in layers if layer not in idle]
-    skipped += [Skipped(node_name(node), node.op_type, (), TAIL) for node in float_tails(graph, layers, plan)]
+    skipped += [Skipped(node_name(node), operator(node), (), TAIL) for node in float_tails(graph, layers, plan)]
     inputs, warnings = read_inputs(graph, config, statistics) if unseen is None else ((), (UNSEEN.format(unseen),))
     known = [spec.name for spec in inputs if spec.inferred]
     recovered: Statistics = {}
@@ -134,7 +134,7 @@ def possible(model: onnx.ModelProto, config: Config) -> tuple[Config, str | None
 
 def _normalizes(node: onnx.NodeProto) -> bool:
     """GroupNormalization and its like: what they put out needs no stored statistics."""
-    return node.op_type.endswith("Normalization")
+    return operator(node).endswith("Normalization")
 
 
 def _unfit(graph: Graph, layer: Layer, name: str) -> Skipped:

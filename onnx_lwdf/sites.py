@@ -14,7 +14,7 @@ from dataclasses import dataclass
 
 import onnx
 
-from onnx_lwdf.graph import Graph
+from onnx_lwdf.graph import Graph, operator
 from onnx_lwdf.layers import Bits, Layer
 
 REARRANGING = ("MaxPool", "Reshape", "Flatten", "Transpose", "Squeeze", "Unsqueeze", "Slice", "DepthToSpace")
@@ -49,7 +49,7 @@ def find_sites(graph: Graph, layers: Sequence[Layer], plan: Mapping[str, Bits]) 
 def float_tails(graph: Graph, layers: Sequence[Layer], plan: Mapping[str, Bits]) -> list[onnx.NodeProto]:
     """The Concats that stay float because no layer follows."""
     _, tails = _places(graph, _quantized(layers, plan))
-    return [node for node in tails if node.op_type == "Concat"]
+    return [node for node in tails if operator(node) == "Concat"]
 
 
 def _quantized(layers: Sequence[Layer], plan: Mapping[str, Bits]) -> list[Layer]:
@@ -65,7 +65,7 @@ def _places(graph: Graph, quantized: Sequence[Layer]) -> tuple[dict[str, str], l
     tails: list[onnx.NodeProto] = []
     for tensor in [*graph.inputs, *(name for node in graph.nodes for name in node.output if name)]:
         node = graph.producer.get(tensor)
-        if node is not None and node.op_type in REARRANGING and tensor == node.output[0] and node.input[0] in root:
+        if node is not None and operator(node) in REARRANGING and tensor == node.output[0] and node.input[0] in root:
             root[tensor] = root[node.input[0]]
         elif tensor in wanted:
             root[tensor] = tensor
@@ -112,9 +112,9 @@ def behind_activation(graph: Graph, tensor: str) -> str:
 
 def clip_bounds(graph: Graph, node: onnx.NodeProto) -> tuple[float | None, float | None] | None:
     """Bounds of a Relu or of a Clip with constant bounds; None for any other node."""
-    if node.op_type == "Relu":
+    if operator(node) == "Relu":
         return 0.0, None
-    if node.op_type != "Clip":
+    if operator(node) != "Clip":
         return None
     if len(node.input) < 2 and node.attribute:  # before opset 11
         values = {item.name: item.f for item in node.attribute}
@@ -135,7 +135,7 @@ def _joins(graph: Graph, node: onnx.NodeProto, tensor: str, root: Mapping[str, s
         made_by = graph.producer.get(node.input[0])
     else:
         made_by = node if behind_activation(graph, tensor) == tensor else None
-    if made_by is None or made_by.op_type not in JOINING or tensor in graph.outputs:
+    if made_by is None or operator(made_by) not in JOINING or tensor in graph.outputs:
         return False
     return all(name in root for name in made_by.input)
 

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from onnx_lwdf.graph import Graph
+from onnx_lwdf.graph import Graph, operator
 from onnx_lwdf.layers import WEIGHTED
 
 F64 = npt.NDArray[np.float64]
@@ -78,7 +78,7 @@ def origin(
         node = graph.producer.get(name)
         if name in recovered:
             continue
-        if node is None or node.op_type in WEIGHTED:
+        if node is None or operator(node) in WEIGHTED:
             return "propagated"
         waiting.extend(source for source in node.input if source)
     return "bn" if seen.isdisjoint(recovered) else "recovered"

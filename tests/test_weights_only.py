@@ -59,6 +59,35 @@ def test_a_model_with_a_foreign_operator_is_compressed_around_it():
     assert sqnr_db(exact, answer) > 35  # three layers of 8 bits, 40 dB and more each
 
 
+def namesakes(op):
+    """An operator of that name that does something else."""
+    return type(op, (OpRun,), {"op_domain": "theirs", "_run": lambda self, x, *_, **__: (np.sin(x),)})
+
+
+@pytest.mark.parametrize(
+    ("op", "where"),
+    [
+        ("Mul", "c = theirs.Mul (b, g2)"),
+        ("Add", "c = theirs.Add (b, g2)"),
+        ("BatchNormalization", "c = theirs.BatchNormalization (b, g, beta, m, v)"),
+        ("Relu", "c = theirs.Relu (b)"),
+        ("Pad", "p = theirs.Pad (b, none) h = Conv (p, w2) c = Relu (h)"),
+        ("Identity", "i = theirs.Identity (w2) h = Conv (b, i) c = Relu (h)"),
+        ("Conv", "h = theirs.Conv (b, w2) c = Relu (h)"),
+    ],
+)
+def test_an_operator_of_another_domain_is_not_what_its_name_says(op, where):
+    text = f"{HEAD} {{ {BODY.replace('(f, k)', '(f, last)').replace('c = {middle} (b)', where)} }}"
+    tensors = {"last": WEIGHTS["k"], "w2": RNG.normal(0, 0.3, (6, 6, 1, 1)), "g2": RNG.uniform(1, 2, (6, 1, 1))}
+    source = with_weights(text, WEIGHTS | tensors | {"none": np.zeros(8, np.int64)})
+    result = onnx_lwdf.compress(source)
+    assert [node.op_type for node in result.model.graph.node if node.domain == "theirs"] == [op]
+    feeds = samples(source)
+    new = [namesakes(op)]
+    (exact,), (answer,) = (ReferenceEvaluator(m, new_ops=new).run(None, feeds) for m in (source, result.model))
+    assert sqnr_db(exact, answer) > 30  # up to four layers of 8 bits, 40 dB and more each
+
+
 def test_what_was_not_verified_is_said():
     report = onnx_lwdf.compress(foreign()).report
     assert report.outputs == {}

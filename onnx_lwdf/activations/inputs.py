@@ -31,7 +31,7 @@ from onnx_lwdf.activations.normalization import (
 from onnx_lwdf.activations.recovered import bottlenecks, left_over
 from onnx_lwdf.config import Config
 from onnx_lwdf.errors import OptionError
-from onnx_lwdf.graph import Graph, attribute
+from onnx_lwdf.graph import Graph, attribute, operator
 from onnx_lwdf.layers import WEIGHTED, find_layers, input_channels
 from onnx_lwdf.runtime import Array, copy_of, open_session, run
 from onnx_lwdf.statistics import F64, ChannelStatistics, Statistics, divergence
@@ -140,7 +140,7 @@ def _rows_read(graph: Graph, name: str) -> int:
     rows = []
     for node in graph.consumers[name]:
         table = graph.constant(node.input[0])
-        if node.op_type == "Gather" and table is not None and table.ndim:
+        if operator(node) == "Gather" and table is not None and table.ndim:
             rows.append(table.shape[int(attribute(node, "axis", 0))])
     return min(rows, default=0)
 
@@ -248,7 +248,7 @@ def _first_statistics(graph: Graph, name: str, statistics: Statistics) -> str | 
         depths = [depth[source] for source in node.input if source in depth]
         if not depths:
             continue
-        weighted = max(depths) + (node.op_type in WEIGHTED)
+        weighted = max(depths) + (operator(node) in WEIGHTED)
         for output in node.output:
             depth[output] = weighted
             if output in statistics and weighted == 1 and len(graph.inputs) == 1:

@@ -13,7 +13,7 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 
 from onnx_lwdf.activations.taps import Samples
-from onnx_lwdf.graph import Graph
+from onnx_lwdf.graph import Graph, operator
 from onnx_lwdf.layers import Layer
 from onnx_lwdf.solvers.problem import F64
 
@@ -26,9 +26,9 @@ def pooled_sources(graph: Graph, layers: Sequence[Layer]) -> dict[str, str]:
     found = {}
     for layer in layers:
         node = graph.producer.get(layer.input)
-        while node is not None and node.op_type in ARRANGING:
+        while node is not None and operator(node) in ARRANGING:
             node = graph.producer.get(node.input[0])
-        if node is not None and node.op_type in POOLS:
+        if node is not None and operator(node) in POOLS:
             found[layer.name] = node.input[0]
     return found
 

@@ -18,7 +18,7 @@ import numpy.typing as npt
 import onnx
 
 from onnx_lwdf.activations.taps import Feed, tensor_shapes
-from onnx_lwdf.graph import Graph, attribute, node_name
+from onnx_lwdf.graph import Graph, attribute, node_name, operator
 from onnx_lwdf.layers import Layer
 
 Ints = npt.NDArray[np.int64]
@@ -67,7 +67,7 @@ def tie_channels(graph: Graph, layers: Sequence[Layer], shapes: Shapes, most: fl
         walk.keep(name, "read inside another node's graph")
     for node in graph.nodes:
         if any(name in walk.first for name in (*node.input, *node.output)):
-            rule = RULES.get(node.op_type, _refuse) if node.domain in ("", "ai.onnx") else _refuse
+            rule = RULES.get(operator(node), _refuse)
             if not rule(walk, node):
                 _refuse(walk, node)
     return walk.ties()
@@ -147,7 +147,7 @@ def _refuse(walk: _Walk, node: onnx.NodeProto) -> bool:
     """An operator whose channels are not understood."""
     for word, names in (("read", node.input), ("written", node.output)):
         for name in names:
-            walk.keep(name, f"{word} by {node.op_type} {node_name(node)}")
+            walk.keep(name, f"{word} by {operator(node)} {node_name(node)}")
     return True
 
 
@@ -165,7 +165,7 @@ def _weighted(walk: _Walk, node: onnx.NodeProto) -> bool:
     if layer.groups == inputs:
         return walk.tie(np.repeat(walk.vertices(source), outputs // inputs), walk.vertices(target))
     for name in (source, target):
-        walk.keep(name, f"{node.op_type} {node_name(node)} has {layer.groups} groups")
+        walk.keep(name, f"{operator(node)} {node_name(node)} has {layer.groups} groups")
     return True
 
 
@@ -253,7 +253,7 @@ def _reshape(walk: _Walk, node: onnx.NodeProto) -> bool:
     kept = after[0] == before[0] and after[1] == before[1] * positions
     if not kept or math.prod(after) != math.prod(before):
         return False
-    if node.op_type == "Reshape":
+    if operator(node) == "Reshape":
         wildcard = _names_wildcard(walk.graph, node.input[1])
         if wildcard is None:
             return False
@@ -268,7 +268,7 @@ def _names_wildcard(graph: Graph, target: str) -> bool | None:
     if known is not None:
         return int(known.ravel()[CHANNEL_AXIS]) in (-1, 0)  # what is left; what the source has
     node = graph.producer.get(target)
-    if node is None or node.op_type != "Concat":
+    if node is None or operator(node) != "Concat":
         return None
     parts = [graph.constant(name) for name in node.input]
     heads = [name for name, part in zip(node.input, parts, strict=True) if part is None]
@@ -283,11 +283,11 @@ def _shape(walk: _Walk, node: onnx.NodeProto) -> bool:
     graph = walk.graph
     readers = [*graph.consumers[node.output[0]]]
     for reader in readers:
-        if reader.op_type == "Cast":
+        if operator(reader) == "Cast":
             readers.extend(graph.consumers[reader.output[0]])
             continue
         bounds = [graph.constant(name) for name in reader.input[1:3]]
-        wanted = {"Gather": [0], "Slice": [0, 1]}.get(reader.op_type)
+        wanted = {"Gather": [0], "Slice": [0, 1]}.get(operator(reader))
         if wanted is None or any(bound is None or bound.size != 1 for bound in bounds):
             return False
         if [int(bound.ravel()[0]) for bound in bounds if bound is not None] != wanted:

@@ -16,7 +16,7 @@ import numpy.typing as npt
 import onnx
 
 from onnx_lwdf.emit.stored import Held, Rounded
-from onnx_lwdf.graph import Graph
+from onnx_lwdf.graph import Graph, operator
 from onnx_lwdf.ranges import ActivationGrid
 from onnx_lwdf.sites import Site, clip_bounds
 
@@ -57,7 +57,7 @@ def _free_activation(graph: Graph, tensor: str, grid: ActivationGrid) -> None:
     QuantizeLinear saturates at code 255, beyond the Clip's own bound, so onnxruntime would keep the float Clip apart.
     """
     node = graph.producer.get(tensor)
-    if node is None or node.op_type != "Clip" or grid.bits == 8 or grid.zero_point != 0:
+    if node is None or operator(node) != "Clip" or grid.bits == 8 or grid.zero_point != 0:
         return
     low, high = clip_bounds(graph, node) or (None, None)
     if low == 0 and high is not None and grid.scale * grid.levels <= high:

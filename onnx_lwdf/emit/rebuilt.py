@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import onnx
 
-from onnx_lwdf.graph import Graph
+from onnx_lwdf.graph import Graph, operator
 from onnx_lwdf.runtime import copy_of, open_session, run
 
 
@@ -20,7 +20,7 @@ def rebuilt(graph: Graph) -> onnx.ModelProto:
     known, ends = set(twin.initializers), dict[str, None]()
     for node in twin.nodes:
         read = [name for name in node.input if name]
-        if read and node.op_type != "DequantizeLinear" and known.issuperset(read):
+        if read and operator(node) != "DequantizeLinear" and known.issuperset(read):
             known.update(node.output)
         else:
             ends.update(dict.fromkeys(name for name in read if name in known and name not in twin.initializers))

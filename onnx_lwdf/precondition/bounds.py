@@ -12,7 +12,7 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 
 from onnx_lwdf.activations.inputs import InputSpec
-from onnx_lwdf.graph import Graph
+from onnx_lwdf.graph import Graph, operator
 from onnx_lwdf.layers import Layer, bias_of, weight_of
 from onnx_lwdf.solvers.problem import F64
 
@@ -25,7 +25,7 @@ def pixel_ranges(graph: Graph, inputs: Sequence[InputSpec]) -> dict[str, Range]:
     """Tensor -> the lowest and the highest value that a pixel becomes; of inputs whose normalization is known."""
     ranges = {name: bounds for spec in inputs if spec.inferred for name, bounds in spec.ranges.items()}
     for node in graph.nodes:
-        if node.op_type in SAME_VALUES and node.input[0] in ranges:
+        if operator(node) in SAME_VALUES and node.input[0] in ranges:
             ranges[node.output[0]] = ranges[node.input[0]]
     return ranges
 

@@ -32,7 +32,7 @@ import numpy as np
 
 from onnx_lwdf.activations.taps import Samples
 from onnx_lwdf.gates import Span
-from onnx_lwdf.graph import Graph, attribute
+from onnx_lwdf.graph import Graph, attribute, operator
 from onnx_lwdf.precondition.bounds import Range, highest
 from onnx_lwdf.precondition.channels import ChannelGroup
 from onnx_lwdf.precondition.readers import Answers
@@ -181,7 +181,7 @@ def _shifts(graph: Graph, group: ChannelGroup, samples: Samples) -> dict[str, F6
             if name in made or any(source not in means for source in sources):
                 return {}
             parts = [means[source] for source in sources]
-            means[name] = np.concatenate(parts) if node.op_type == "Concat" else np.sum(parts, axis=0)
+            means[name] = np.concatenate(parts) if operator(node) == "Concat" else np.sum(parts, axis=0)
     return means
 
 

@@ -23,7 +23,7 @@ import numpy.typing as npt
 import onnx
 
 from onnx_lwdf.gates import Gate, find_gates
-from onnx_lwdf.graph import Graph, attribute
+from onnx_lwdf.graph import Graph, attribute, operator
 from onnx_lwdf.layers import Layer, input_channels, output_channels
 from onnx_lwdf.precondition.norms import Norm, find_norms
 from onnx_lwdf.sites import ahead, clip_bounds
@@ -106,8 +106,8 @@ def _connected(graph: Graph, layers: Sequence[Layer], gates: Sequence[Gate], nor
     for node in graph.nodes:
         if id(node) in within:
             continue
-        if node.op_type in HOMOGENEOUS or _ceiling(graph, node) is not None:
-            for name in node.input[:2] if node.op_type == "Add" else node.input[:1]:
+        if operator(node) in HOMOGENEOUS or _ceiling(graph, node) is not None:
+            for name in node.input[:2] if operator(node) == "Add" else node.input[:1]:
                 root[find(name)] = find(node.output[0])
         elif _joins_channels(graph, node):
             for name in node.input:
@@ -154,7 +154,7 @@ def _group(
                 ceilings.append(ceiling)
             elif not _scales(graph, node, inside):
                 return None
-            operators.add(node.op_type)
+            operators.add(operator(node))
         outside = (reader for reader in graph.consumers[name] if reader.output[0] not in inside)
         if name not in starts and any(id(reader) not in taken for reader in outside):
             return None
@@ -206,14 +206,14 @@ def _widths(graph: Graph, layers: Sequence[Layer], gates: Sequence[Gate], norms:
         if _joins_channels(graph, node):
             if len(known) == len(sources):
                 found[name] = sum(known)
-        elif name in behind or node.op_type in (*HOMOGENEOUS, "Clip", "Mul"):
+        elif name in behind or operator(node) in (*HOMOGENEOUS, "Clip", "Mul"):
             found[name] = max(known)  # what is narrower is broadcast
     return found
 
 
 def _joins_channels(graph: Graph, node: onnx.NodeProto) -> bool:
     """A Concat along the channels, of tensors that vary with the data."""
-    if node.op_type != "Concat" or attribute(node, "axis", None) != 1:
+    if operator(node) != "Concat" or attribute(node, "axis", None) != 1:
         return False
     return all(graph.constant(name) is None for name in node.input)
 
@@ -229,10 +229,10 @@ def _places(graph: Graph, tensors: Sequence[str], widths: Mapping[str, int], end
     for name in tensors:
         node, start = graph.producer[name], int(starts[name])
         for source in (source for source in node.input if source in starts and name not in ends):
-            if node.op_type != "Concat" and widths[source] != widths[name]:
+            if operator(node) != "Concat" and widths[source] != widths[name]:
                 return {}
             pairs.append((int(starts[source]), start, widths[source]))
-            start += widths[source] if node.op_type == "Concat" else 0
+            start += widths[source] if operator(node) == "Concat" else 0
     labels = np.arange(sum(widths[name] for name in tensors))
     while True:  # each channel takes the least label of those that it is the same as
         before = labels.copy()
@@ -251,12 +251,12 @@ def _scales(graph: Graph, node: onnx.NodeProto, inside: set[str]) -> bool:
         return [name for name in node.input if name in inside] == [signal]
     if _joins_channels(graph, node):
         return inside.issuperset(node.input)
-    return node.op_type in HOMOGENEOUS and _channelwise(graph, node)
+    return operator(node) in HOMOGENEOUS and _channelwise(graph, node)
 
 
 def excited(graph: Graph, node: onnx.NodeProto) -> str | None:
     """The tensor that a Mul multiplies by what was computed from it, None of any other node."""
-    if node.op_type != "Mul" or any(graph.constant(name) is not None for name in node.input):
+    if operator(node) != "Mul" or any(graph.constant(name) is not None for name in node.input):
         return None
     for signal, factor in (node.input, reversed(node.input)):
         if signal != factor and signal in ahead(graph, [factor]):
@@ -272,25 +272,25 @@ def _axes(consumers: Sequence[Layer], operators: set[str]) -> set[int]:
 
 def _clipped(graph: Graph, layer: Layer) -> bool:
     reader = graph.sole_consumer(layer.output)
-    return reader is not None and reader.op_type == "Clip"
+    return reader is not None and operator(reader) == "Clip"
 
 
 def _ceiling(graph: Graph, node: onnx.NodeProto) -> float | None:
     """The c of a Clip(0, c), None of any other node."""
     low, high = clip_bounds(graph, node) or (None, None)
-    return high if node.op_type == "Clip" and low == 0 and high is not None and high > 0 else None
+    return high if operator(node) == "Clip" and low == 0 and high is not None and high > 0 else None
 
 
 def _channelwise(graph: Graph, node: onnx.NodeProto) -> bool:
     """Add: both sides vary with the data. Flatten: only of a pooled tensor, whose channels are its columns. Resize: what it
     puts in from outside of a cropped image is no multiple of anything.
     """
-    if node.op_type == "Add":
+    if operator(node) == "Add":
         return all(graph.constant(name) is None for name in node.input)
-    if node.op_type == "Flatten":
+    if operator(node) == "Flatten":
         source = graph.producer.get(node.input[0])
-        return source is not None and source.op_type == "GlobalAveragePool"
-    if node.op_type == "Resize":
+        return source is not None and operator(source) == "GlobalAveragePool"
+    if operator(node) == "Resize":
         return bool(attribute(node, "coordinate_transformation_mode") != "tf_crop_and_resize")
     return True
 

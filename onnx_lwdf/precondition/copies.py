@@ -28,7 +28,7 @@ import numpy.typing as npt
 from onnx_lwdf.activations.taps import Feed, Samples, tensor_shapes
 from onnx_lwdf.channels.surgery import correct_shapes, set_groups
 from onnx_lwdf.gradients import Sensitivities, strengths
-from onnx_lwdf.graph import Graph
+from onnx_lwdf.graph import Graph, operator
 from onnx_lwdf.layers import Layer, bias_of, committed, is_depthwise, output_axis, set_bias, shape_of
 from onnx_lwdf.precondition.channels import ChannelGroup
 from onnx_lwdf.ranges import F64, ActivationGrid
@@ -119,7 +119,7 @@ def _path(
         (writer,) = group.producers
         if not group.plain or writer.bias is None or behind_activation(graph, writer.output) not in grids:
             return None
-        if any(graph.producer[name].op_type == "Mul" for name in group.tensors):
+        if any(operator(graph.producer[name]) == "Mul" for name in group.tensors):
             return None  # excited by factors of as many channels as there were
         groups.append(group)
         writers.append(writer)

@@ -15,7 +15,7 @@ import numpy as np
 import onnx
 
 from onnx_lwdf.errors import ModelError
-from onnx_lwdf.graph import Graph, attribute, drop_attributes, node_name
+from onnx_lwdf.graph import Graph, attribute, drop_attributes, node_name, operator
 from onnx_lwdf.layers import Layer, bias_of, blocks, change_weight, find_layers, set_bias, set_pads, weight_of
 from onnx_lwdf.statistics import F64, ChannelStatistics
 
@@ -59,7 +59,7 @@ def fold(graph: Graph) -> dict[str, ChannelStatistics]:
 def _fold_factors(graph: Graph, node: onnx.NodeProto) -> None:
     """A Gemm's alpha goes into its constant weight, its beta into its constant bias."""
     factors = {1: attribute(node, "alpha", 1.0), 2: attribute(node, "beta", 1.0)}
-    if node.op_type != "Gemm" or set(factors.values()) == {1.0}:
+    if operator(node) != "Gemm" or set(factors.values()) == {1.0}:
         return
     names = {index: name for index, name in enumerate(node.input) if name and index in factors}
     values = {index: graph.constant(name) for index, name in names.items()}
@@ -88,13 +88,13 @@ def _affine(graph: Graph, layer: Layer, node: onnx.NodeProto) -> Affine | None:
         gamma, beta, mean, variance = known
         scale = gamma / np.sqrt(variance + _epsilon(node))
         return Affine(scale, beta - scale * mean)
-    if node.op_type not in ("Add", "Mul") or layer.window is None or len(node.input) != 2:
+    if operator(node) not in ("Add", "Mul") or layer.window is None or len(node.input) != 2:
         return None
     constant = graph.constant(node.input[1 - list(node.input).index(layer.node.output[0])])
     values = None if constant is None else per_channel(constant, channels, 2 + len(layer.window.kernel), 1)
     if values is None:
         return None
-    if node.op_type == "Add":
+    if operator(node) == "Add":
         return Affine(np.ones(channels), values)
     return Affine(values, np.zeros(channels))
 
@@ -117,7 +117,7 @@ def per_channel(
 def is_batchnorm(node: onnx.NodeProto) -> bool:
     """An inference-mode BatchNormalization: one output, no training mode."""
     outputs = [name for name in node.output if name]
-    return node.op_type == "BatchNormalization" and len(outputs) == 1 and not attribute(node, "training_mode", 0)
+    return operator(node) == "BatchNormalization" and len(outputs) == 1 and not attribute(node, "training_mode", 0)
 
 
 def _epsilon(node: onnx.NodeProto) -> float:
@@ -159,7 +159,7 @@ def _check_finite(graph: Graph, layer: Layer) -> None:
 def _fold_pad(graph: Graph, layer: Layer) -> None:
     """A Pad of zeros along the spatial axes before a Conv becomes the Conv's own pads."""
     window, pad = layer.window, graph.producer.get(layer.input)
-    if layer.op != "Conv" or window is None or window.pads is None or pad is None or pad.op_type != "Pad":
+    if layer.op != "Conv" or window is None or window.pads is None or pad is None or operator(pad) != "Pad":
         return
     widths = _pad_widths(graph, pad)
     if widths is None or graph.sole_consumer(pad.output[0]) is not layer.node:

@@ -18,7 +18,7 @@ import numpy as np
 import onnx
 
 from onnx_lwdf.activations.taps import Samples
-from onnx_lwdf.graph import Graph
+from onnx_lwdf.graph import Graph, operator
 from onnx_lwdf.precondition.fold import is_batchnorm, parameters
 from onnx_lwdf.ranges import F64, ActivationGrid
 
@@ -80,7 +80,7 @@ def _exact_and_stored(
 ) -> tuple[F64, F64] | None:
     """Values of a tensor, or of those that a Concat lines up, as they are and behind the grids: [channels, values] each."""
     node = graph.producer.get(tensor)
-    if node is not None and node.op_type == "Concat":
+    if node is not None and operator(node) == "Concat":
         parts = [_exact_and_stored(graph, name, grids, samples) for name in node.input]
         known = [part for part in parts if part is not None]
         if len(known) < len(parts) or len({part[0].shape[1] for part in known}) > 1:

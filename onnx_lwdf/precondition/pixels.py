@@ -26,7 +26,7 @@ import onnx
 from onnx_lwdf.activations.inputs import InputSpec
 from onnx_lwdf.activations.normalization import AS_BYTES, ESTIMATED, Normalization
 from onnx_lwdf.config import TARGETS, Config
-from onnx_lwdf.graph import Graph, attribute
+from onnx_lwdf.graph import Graph, attribute, operator
 from onnx_lwdf.layers import Bits, Layer, committed, set_pads
 from onnx_lwdf.precondition.fold import Affine, per_channel
 from onnx_lwdf.precondition.transform import change_reader, diagonal
@@ -69,11 +69,11 @@ def _first(graph: Graph, spec: InputSpec) -> tuple[onnx.NodeProto | None, Normal
     channels = spec.shape[axis - 1]
     mean, std = np.broadcast_to(known.mean, channels), np.broadcast_to(known.std, channels)
     while True:
-        readers = [node for node in graph.consumers[tensor] if node.op_type != "Shape"]
+        readers = [node for node in graph.consumers[tensor] if operator(node) != "Shape"]
         if len(readers) != 1 or tensor in graph.outputs or tensor in graph.captured:
             return None, None
         node = readers[0]
-        if node.op_type == "Transpose":
+        if operator(node) == "Transpose":
             axes = [axes[moved] for moved in attribute(node, "perm", axes[::-1])]
         else:
             step = _step(graph, node, tensor, channels, len(axes), axes.index(axis))
@@ -87,22 +87,22 @@ def _first(graph: Graph, spec: InputSpec) -> tuple[onnx.NodeProto | None, Normal
 def _step(graph: Graph, node: onnx.NodeProto, tensor: str, channels: int, rank: int, axis: int) -> Affine | None:
     """What the node makes of the tensor's channels, None where that is more than a scale and a shift of each."""
     one, zero = np.ones(channels), np.zeros(channels)
-    if node.op_type == "Identity" or (node.op_type == "Cast" and attribute(node, "to", 0) in FLOATS):
+    if operator(node) == "Identity" or (operator(node) == "Cast" and attribute(node, "to", 0) in FLOATS):
         return Affine(one, zero)
-    if node.op_type not in ("Add", "Sub", "Mul", "Div") or node.input[0] == node.input[1]:
+    if operator(node) not in ("Add", "Sub", "Mul", "Div") or node.input[0] == node.input[1]:
         return None
     first = node.input[0] == tensor
     constant = graph.constant(node.input[1 if first else 0])
     values = None if constant is None else per_channel(constant, channels, rank, axis)
     if values is None or not np.isfinite(values).all():
         return None
-    if node.op_type == "Add":
+    if operator(node) == "Add":
         return Affine(one, values)
-    if node.op_type == "Sub":
+    if operator(node) == "Sub":
         return Affine(one, -values) if first else Affine(-one, values)
-    if not values.all() or (node.op_type == "Div" and not first):
+    if not values.all() or (operator(node) == "Div" and not first):
         return None
-    return Affine(values if node.op_type == "Mul" else 1 / values, zero)
+    return Affine(values if operator(node) == "Mul" else 1 / values, zero)
 
 
 def _fits(layer: Layer) -> bool:
