@@ -6,7 +6,7 @@ SQNR = 10 log10(sum float^2 / sum (float - compressed)^2)
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence, Set
+from collections.abc import Iterable, Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass
 
 import numpy as np
@@ -15,7 +15,7 @@ import onnx
 
 from onnx_lwdf.activations.taps import Feed
 from onnx_lwdf.errors import ModelError
-from onnx_lwdf.runtime import copy_of, open_session, run
+from onnx_lwdf.runtime import Array, copy_of, open_session, run, trim
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,37 +63,50 @@ def verify(
     The outputs come from the file as it will run, with integer kernels. Raises ModelError where they are not finite.
     """
     outputs = [value.name for value in original.graph.output]
-    measured = _compare(original, compressed, outputs, feeds, {})
+    exact = list(_answers(original, outputs, feeds))  # the session is closed: one at a time is what memory has to hold
+    measured = _compare(outputs, exact, _answers(compressed, outputs, feeds), {})
     lost = [name for name, db in measured.items() if math.isnan(db)]
     if lost:
         raise ModelError(f"the compressed model's output {lost[0]!r} is not finite; nothing was written")
+    trim()
     inner = [name for name in dict.fromkeys(layers.values()) if name not in outputs]
-    known = measured | _compare(copy_of(preconditioned, inner), copy_of(compressed, inner), inner, feeds, kept)
+    ours, theirs = (_answers(copy_of(model, inner), inner, feeds) for model in (compressed, preconditioned))
+    known = measured | _compare(inner, theirs, ours, kept)
     return Fidelity(measured, {name: known[tensor] for name, tensor in layers.items() if tensor in known})
 
 
+def _answers(model: onnx.ModelProto, names: Sequence[str], feeds: Sequence[Feed]) -> Iterator[Sequence[Array]]:
+    """What the model makes of each feed, by name."""
+    if not names:
+        return
+    session = open_session(model, arena=False)
+    del model  # the session has what it needs; a copy ends here
+    for feed in feeds:
+        yield run(session, feed, names)
+
+
 def _compare(
-    reference: onnx.ModelProto,
-    candidate: onnx.ModelProto,
     names: Sequence[str],
-    feeds: Sequence[Feed],
+    reference: Iterable[Sequence[Array]],
+    candidate: Iterable[Sequence[Array]],
     kept: Mapping[str, npt.NDArray[np.bool_]],
 ) -> dict[str, float]:
     """SQNR by tensor name. An index or a flag has no error to measure, nor has a list of as many rows as were found."""
     signal, noise = dict.fromkeys(names, 0.0), dict.fromkeys(names, 0.0)
-    if not names:
-        return {}
-    sessions = open_session(reference, arena=False), open_session(candidate, arena=False)
-    for feed in feeds:
-        for name, a, b in zip(names, *(run(session, feed, names) for session in sessions), strict=True):
+    for expected, found in zip(reference, candidate, strict=True):
+        for name, a, b in zip(names, expected, found, strict=True):
             exact = a[:, kept[name]] if name in kept else a
             if exact.dtype.kind != "f" or exact.shape != b.shape:
                 signal.pop(name, None)
             if name not in signal:
                 continue
             exact = exact.astype(np.float64)
+            endless = ~np.isfinite(exact)  # such as the logit of a class that is masked
+            if not np.array_equal(exact[endless], b[endless], equal_nan=True):
+                noise[name] = math.nan
+            exact[endless] = 0
             signal[name] += float((exact**2).sum())
-            noise[name] += float(((exact - b) ** 2).sum())
+            noise[name] += float(((exact - np.where(endless, 0, b)) ** 2).sum())
     return {name: decibels(power, noise[name]) for name, power in signal.items()}
 
 

@@ -118,6 +118,39 @@ def test_outputs_without_an_error_to_measure():
     assert "best" not in report.outputs
 
 
+ENDLESS = """
+<ir_version: 8, opset_import: ["" : 17]> net (float[N,3,8,8] x) => (float[N,6] y) {
+    a = Conv (x, w)
+    m = Add (a, never_a)
+    r = Relu (m)
+    c = Conv (r, v)
+    p = GlobalAveragePool (c)
+    f = Flatten (p)
+    y = Add (f, never_y)
+}
+"""
+
+
+@pytest.mark.parametrize("activations", [8, "float"])
+@pytest.mark.parametrize("masked", [(), ("never_a",), ("never_y",), ("never_a", "never_y")])
+@pytest.mark.filterwarnings("error")
+def test_a_class_or_a_channel_that_is_masked_by_infinity(masked, activations):
+    rng = np.random.default_rng(0)
+    tensors = {"w": rng.normal(0, 0.3, (6, 3, 3, 3)), "v": rng.normal(0, 0.3, (6, 6, 1, 1))}
+    for name, shape in (("never_a", (6, 1, 1)), ("never_y", (6,))):
+        tensors[name] = np.zeros(shape)
+        tensors[name][2] = -np.inf if name in masked else 0
+    model = with_weights(ENDLESS, tensors)
+    result = onnx_lwdf.compress(model, activation_bits=activations, **FAST)
+    assert result.report.output_db > 25
+    feeds = samples(model)
+    (exact,), (answer,) = answers(model, feeds), answers(result.model, feeds)
+    assert np.isneginf(exact).any() == ("never_y" in masked)
+    np.testing.assert_array_equal(np.isneginf(answer), np.isneginf(exact))
+    seen = np.isfinite(exact)
+    assert sqnr_db(exact[seen], answer[seen]) > 25
+
+
 def test_boxes_and_scores_are_joined_in_float():
     text = """
     <ir_version: 8, opset_import: ["" : 17]>

@@ -20,6 +20,9 @@ from onnx_lwdf.statistics import ChannelStatistics
 
 # Var = E[x^2] - E[x]^2 cancels in float32: below this share of E[x^2] it is noise, and noise is not amplified.
 SMALLEST_SHARE = 1e-6
+NO_POWER = (
+    1e-30  # where E[x^2] is below, nothing is left of it in float32. Layers that another one scales may put out 1e-6
+)
 
 
 def align(graph: Graph, tensor: str, known: ChannelStatistics, shape: tuple[int, ...]) -> str:
@@ -53,7 +56,7 @@ def batch_statistics(graph: Graph, tensor: str, rank: int) -> tuple[str, str]:
 
 def normalize(graph: Graph, tensor: str, mean: str, variance: str, shift: str, scale: str) -> str:
     """The tensor's channels, which have this mean and variance, with the mean `shift` and the deviation `scale`."""
-    return graph.add("BatchNormalization", [tensor, scale, shift, mean, variance], "align", epsilon=1e-12)
+    return graph.add("BatchNormalization", [tensor, scale, shift, mean, variance], "align", epsilon=NO_POWER)
 
 
 def _reduce(graph: Graph, op: str, tensor: str, axes: list[int]) -> str:

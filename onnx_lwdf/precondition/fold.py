@@ -104,9 +104,9 @@ def per_channel(
 ) -> F64 | None:
     """A constant operand of a tensor of this rank, as one value per channel along the axis, [channels].
 
-    None where it differs along another axis, or adds one.
+    None where it differs along another axis, or adds one, or is not finite.
     """
-    if constant.ndim > rank:
+    if constant.ndim > rank or not np.isfinite(constant).all():
         return None
     shape = (1,) * (rank - constant.ndim) + constant.shape
     if shape[axis] not in (1, channels) or constant.size != shape[axis]:

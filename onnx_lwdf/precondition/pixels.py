@@ -94,7 +94,7 @@ def _step(graph: Graph, node: onnx.NodeProto, tensor: str, channels: int, rank: 
     first = node.input[0] == tensor
     constant = graph.constant(node.input[1 if first else 0])
     values = None if constant is None else per_channel(constant, channels, rank, axis)
-    if values is None or not np.isfinite(values).all():
+    if values is None:
         return None
     if operator(node) == "Add":
         return Affine(one, values)

@@ -38,8 +38,10 @@ def images():
     return values
 
 
-def test_means_and_deviations_are_the_stored_ones():
-    found = aligned(images())[:, [0, 2]]
+@pytest.mark.parametrize("size", [1, 1e-6, 1e-12])
+def test_means_and_deviations_are_the_stored_ones(size):
+    """However small the values are that the layer puts out."""
+    found = aligned(np.float32(size) * images())[:, [0, 2]]
     np.testing.assert_allclose(found.mean((0, 2, 3)), MEAN[[0, 2]], atol=1e-4)
     np.testing.assert_allclose(found.std((0, 2, 3)), GAMMA[[0, 2]], rtol=1e-4)
 
