@@ -21,6 +21,7 @@ import onnx
 from onnx_lwdf.activations.images import F32, scenes
 from onnx_lwdf.activations.normalization import (
     AS_BYTES,
+    AS_SIGNED_BYTES,
     ASSUMED,
     ASSUMED_GREY,
     CONVENTIONS,
@@ -38,7 +39,9 @@ from onnx_lwdf.statistics import F64, ChannelStatistics, Statistics, divergence
 
 _T = onnx.TensorProto
 PIXELS = (_T.FLOAT, _T.FLOAT16, _T.DOUBLE, _T.UINT8)  # types that an image may have
-DRAWN = (*PIXELS, _T.INT8, _T.INT16, _T.INT32, _T.INT64, _T.UINT16, _T.UINT32, _T.UINT64, _T.BOOL)
+WHOLE = (_T.INT8, _T.INT16, _T.INT32, _T.INT64, _T.UINT16, _T.UINT32, _T.UINT64)  # that one of several channels may
+DRAWN = (*PIXELS, *WHOLE, _T.BOOL)
+BYTES = (np.uint8, np.int8)  # numbers of this size are values; larger ones may be sizes, switches, indices
 DEFAULT_SIDE = 224  # pixels, where an image's height or width is dynamic
 MOST_VALUES = 2**25  # of an input: sixteen of them fill 2 GiB
 PROBES = 32  # images: their brightness differs, and with it the channel means
@@ -64,9 +67,15 @@ class InputSpec:
     rows: int  # of the table that it picks from, where it holds indices; else 0
     channels_last: bool
     image: bool
-    normalization: Normalization | None  # None: standard normal values, or any index, or ones for other integers
+    normalization: Normalization | None  # None: standard normal values, any byte or index, ones for other integers
     inferred: bool  # from stored statistics, or given by the user
     pixels: str | None = None  # the tensor that holds it as pixels of 0 to 255, where it is read as such
+
+    @property
+    def chw(self) -> tuple[int, int, int]:
+        """Channels, height and width of an image."""
+        first, second, third = self.shape
+        return (third, first, second) if self.channels_last else (first, second, third)
 
     @property
     def ranges(self) -> dict[str, tuple[float, float]]:
@@ -79,22 +88,31 @@ class InputSpec:
         """Synthetic samples on the model's scale, [count, *shape], as many as the model fixes where it does."""
         count = count if self.batch is None else self.batch
         if self.image and self.normalization is not None:
-            height, width, channels = self.shape if self.channels_last else (*self.shape[1:], self.shape[0])
-            return self.place(scenes(count, channels, height, width, rng))
+            return self.place(scenes(count, *self.chw, rng))
         shape = self.shape if self.batch == 0 else (count, *self.shape)
-        if self.dtype.kind != "f":
-            picked = rng.integers(self.rows, size=shape) if self.rows else np.ones(shape)  # a size or a switch is 1
-            return np.asarray(picked).astype(self.dtype)
         if self.normalization is not None:
-            return np.asarray(rng.uniform(*self.normalization.range, shape)).astype(self.dtype)
-        return np.asarray(rng.standard_normal(shape)).astype(self.dtype)
+            return self._typed(rng.uniform(*self.normalization.range, shape))
+        if self.dtype.kind == "f":
+            return np.asarray(rng.standard_normal(shape)).astype(self.dtype)
+        if self.rows:
+            return np.asarray(rng.integers(self.rows, size=shape)).astype(self.dtype)
+        if self.dtype in BYTES and self.shape:
+            limits = np.iinfo(self.dtype)
+            return rng.integers(limits.min, limits.max, shape, self.dtype, endpoint=True)
+        return np.ones(shape, self.dtype)  # a size or a switch is 1
 
     def place(self, images: F32) -> Array:
         """Images in [0, 1] [N, C, H, W] on the model's scale and in its layout and type."""
         assert self.normalization is not None
-        scaled = self.normalization.apply(images)
-        typed = scaled if self.dtype.kind == "f" else np.rint(scaled)
-        return np.ascontiguousarray(typed.transpose(0, 2, 3, 1) if self.channels_last else typed).astype(self.dtype)
+        typed = self._typed(self.normalization.apply(images))
+        return np.ascontiguousarray(typed.transpose(0, 2, 3, 1) if self.channels_last else typed)
+
+    def _typed(self, values: Array) -> Array:
+        """Values as the input's type holds them: the nearest."""
+        if self.dtype.kind not in "iu":
+            return np.asarray(values).astype(self.dtype)
+        limits = np.iinfo(self.dtype)
+        return np.clip(np.rint(values), limits.min, limits.max).astype(self.dtype)
 
 
 def read_inputs(graph: Graph, config: Config, statistics: Statistics) -> tuple[tuple[InputSpec, ...], tuple[str, ...]]:
@@ -103,7 +121,7 @@ def read_inputs(graph: Graph, config: Config, statistics: Statistics) -> tuple[t
     for spec in find_inputs(graph, config):
         if spec.image:
             spec = _normalized(graph, spec, config, statistics)
-        elif config.input_range is not None and spec.dtype.kind == "f":
+        elif config.input_range is not None and (spec.dtype.kind == "f" or _is_all(graph, spec)):
             spec = _replace(spec, _within(*config.input_range), inferred=True)
         if not spec.inferred:
             warnings.append(_assumption(spec))
@@ -120,8 +138,12 @@ def find_inputs(graph: Graph, config: Config) -> list[InputSpec]:
     infos = {value.name: value for value in graph.model.graph.input}
     layers = reversed(find_layers(graph)[0])  # of several readers the first tells
     read = {layer.input: ((1 if layer.window else -1), input_channels(graph, layer)) for layer in layers}
-    specs = [_spec(infos[name], read.get(name), config) for name in graph.inputs]
-    return [replace(spec, rows=_rows_read(graph, spec.name)) for spec in specs]
+    return [_spec(infos[name], read.get(name), _rows_read(graph, name), config) for name in graph.inputs]
+
+
+def _is_all(graph: Graph, spec: InputSpec) -> bool:
+    """Whether a range that the user gives is meant for this input of integers: it is the only one, and picks no rows."""
+    return len(graph.inputs) == 1 and not spec.rows and spec.dtype.kind in "iu"
 
 
 def unfeedable(model: onnx.ModelProto) -> str | None:
@@ -148,6 +170,7 @@ def _rows_read(graph: Graph, name: str) -> int:
 def _assumption(spec: InputSpec) -> str:
     if not spec.image:
         values = "standard normal values" if spec.dtype.kind == "f" else "any indices" if spec.rows else "ones"
+        values = "random bytes" if spec.dtype in BYTES and spec.shape and not spec.rows else values
         return f"input {spec.name!r} is not an image: {values} of shape {spec.shape} stand in for it"
     assert spec.normalization is not None
     return (
@@ -156,12 +179,12 @@ def _assumption(spec: InputSpec) -> str:
     )
 
 
-def _spec(info: onnx.ValueInfoProto, channels: tuple[int, int] | None, config: Config) -> InputSpec:
-    """`channels`: the axis of the input's channels and their number, where a layer reads it."""
+def _spec(info: onnx.ValueInfoProto, channels: tuple[int, int] | None, rows: int, config: Config) -> InputSpec:
+    """`channels`: the axis of the input's channels and their number, where a layer reads it; `rows`: see there."""
     kind = info.type.tensor_type
     dtype = np.dtype(onnx.helper.tensor_dtype_to_np_dtype(kind.elem_type))
     if kind.HasField("shape") and not kind.shape.dim and info.name not in config.input_shape:
-        return InputSpec(info.name, (), 0, dtype, 0, False, False, None, inferred=False)
+        return InputSpec(info.name, (), 0, dtype, rows, False, False, None, inferred=False)
     known = [max(dim.dim_value, 0) for dim in kind.shape.dim]  # some exporters write -1 for an open size
     if channels is not None and len(known) > channels[0] and known[channels[0]] == 0:
         known[channels[0]] = channels[1]
@@ -169,9 +192,17 @@ def _spec(info: onnx.ValueInfoProto, channels: tuple[int, int] | None, config: C
     batch = known[0] or None if known else None
     if (batch or 1) * math.prod(shape[1:]) > MOST_VALUES:
         raise OptionError(f"input {info.name!r} of shape {tuple(shape)} is too large to be made up; give --input-shape")
-    image = len(shape) == 4 and (shape[1] in (1, 3) or shape[3] in (1, 3)) and kind.elem_type in PIXELS
-    last = image and shape[1] not in (1, 3)
-    return InputSpec(info.name, tuple(shape[1:]), batch, dtype, 0, last, image, None, inferred=False)
+    widths = () if rows else _image_channels(kind.elem_type)
+    image = len(shape) == 4 and (shape[1] in widths or shape[3] in widths)
+    last = image and shape[1] not in widths
+    return InputSpec(info.name, tuple(shape[1:]), batch, dtype, rows, last, image, None, inferred=False)
+
+
+def _image_channels(kind: int) -> tuple[int, ...]:
+    """How many channels an image of this type may have."""
+    if kind in WHOLE:
+        return (3, 4)  # one channel of integers may as well be a mask
+    return (1, 3, 4) if kind == _T.UINT8 else (1, 3) if kind in PIXELS else ()
 
 
 def _full_shape(name: str, known: list[int], config: Config) -> list[int]:
@@ -190,10 +221,9 @@ def _full_shape(name: str, known: list[int], config: Config) -> list[int]:
 
 def _normalized(graph: Graph, spec: InputSpec, config: Config, statistics: Statistics) -> InputSpec:
     """The image input with its normalization: given, inferred, or assumed."""
-    channels = spec.shape[-1] if spec.channels_last else spec.shape[0]
-    given = _given(config, channels)
-    if given is None and spec.dtype == np.uint8:
-        given = AS_BYTES
+    given = _given(config, spec.chw[0])
+    if given is None and spec.dtype.kind in "iu":
+        given = AS_SIGNED_BYTES if spec.dtype == np.int8 else AS_BYTES
     if given is not None:
         return _replace(spec, given, inferred=True)
     probe = _first_statistics(graph, spec.name, statistics)
@@ -204,14 +234,14 @@ def _normalized(graph: Graph, spec: InputSpec, config: Config, statistics: Stati
 
 def _assumed(graph: Graph, spec: InputSpec) -> Normalization:
     """The common convention, unless it does not fit the bias of the first bottleneck and another one does."""
-    height, width, channels = spec.shape if spec.channels_last else (*spec.shape[1:], spec.shape[0])
+    channels = spec.chw[0]
     common = ASSUMED if channels == 3 else ASSUMED_GREY
     groups = bottlenecks(graph, find_layers(graph)[0], {})
     if not groups or len(graph.inputs) > 1:
         return common
     first = groups[0].producers[0]
     head = _head(graph.model, first.output)
-    images = scenes(spec.batch or PROBES, channels, height, width, np.random.default_rng(0))
+    images = scenes(spec.batch or PROBES, *spec.chw, np.random.default_rng(0))
     left = {}
     for convention in (common, *(c for c in CONVENTIONS if len(c.mean) in (1, channels))):
         mean, _ = _response(head, {spec.name: _replace(spec, convention, False).place(images)})
@@ -259,9 +289,8 @@ def _first_statistics(graph: Graph, name: str, statistics: Statistics) -> str | 
 def infer(graph: Graph, spec: InputSpec, probe: str, stored: ChannelStatistics) -> Normalization:
     """The normalization under which synthetic images have the stored statistics at the tensor `probe`."""
     head = _head(graph.model, probe)
-    height, width, channels = spec.shape if spec.channels_last else (*spec.shape[1:], spec.shape[0])
-    images = scenes(spec.batch or PROBES, channels, height, width, np.random.default_rng(0))
-    fits = [c for c in CONVENTIONS if len(c.mean) in (1, channels)]
+    images = scenes(spec.batch or PROBES, *spec.chw, np.random.default_rng(0))
+    fits = [c for c in CONVENTIONS if len(c.mean) in (1, spec.chw[0])]
     estimate = _estimate(head, spec, stored, images)
     scored = [(_divergence(head, _replace(spec, c, True), stored, images), c) for c in fits]
     best, convention = min(scored, key=lambda pair: pair[0])

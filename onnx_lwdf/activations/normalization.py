@@ -48,6 +48,7 @@ class Normalization:
 
 
 AS_BYTES = Normalization("zero to 255", (0.0,), (1.0,))
+AS_SIGNED_BYTES = Normalization("minus 128 to 127", (128.0,), (1.0,))
 CONVENTIONS: tuple[Normalization, ...] = (
     Normalization("torchvision", (123.675, 116.28, 103.53), (58.395, 57.12, 57.375)),
     Normalization("minus one to one", (127.5,), (127.5,)),

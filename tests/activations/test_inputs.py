@@ -168,3 +168,39 @@ def test_sizes_that_are_open():
                 setattr(dim, "dim_param" if size == "N" else "dim_value", size)
         (spec,) = find_inputs(Graph(model), Config())
         assert (spec.shape, spec.batch) == ((1, 224, 224), None)
+
+
+WHOLE = """
+<ir_version: 8, opset_import: ["" : 17]>
+net ({kind}[N,{shape}] x) => (float y) {{
+    f = Cast <to = 1> (x)
+    y = Identity (f)
+}}
+"""
+
+
+@pytest.mark.parametrize(
+    ("kind", "shape", "image", "low", "high", "warned"),
+    [
+        ("uint8", "3,16,16", True, 0, 255, False),
+        ("uint8", "4,16,16", True, 0, 255, False),  # with transparency
+        ("uint8", "16,16,4", True, 0, 255, False),
+        ("int32", "16,16,3", True, 0, 255, False),
+        ("int8", "3,16,16", True, -128, 127, False),
+        ("int64", "1,16,16", False, 1, 1, True),  # a mask?
+        ("uint8", "16,16", False, 0, 255, True),
+        ("int8", "2,8,8", False, -128, 127, True),
+    ],
+)
+def test_integers_are_pixels_where_they_can_be(kind, shape, image, low, high, warned):
+    spec, warnings = read(onnx.parser.parse_model(WHOLE.format(kind=kind, shape=shape)))
+    values = spec.draw(32, np.random.default_rng(0))
+    assert values.dtype == np.dtype(kind)
+    assert values.shape == (32, *map(int, shape.split(",")))
+    assert (spec.image, bool(warnings)) == (image, warned)
+    reach = 0.05 * (high - low)
+    assert low <= values.min() <= low + reach
+    assert high - reach <= values.max() <= high
+    given, warnings = read(onnx.parser.parse_model(WHOLE.format(kind=kind, shape=shape)), input_range=(3.0, 9.0))
+    assert not warnings
+    assert set(np.unique(given.draw(32, np.random.default_rng(0)))) == set(range(3, 10))
