@@ -25,7 +25,7 @@ from onnx_lwdf.config import BITS, TARGETS, Config
 from onnx_lwdf.emit import FORMATS
 from onnx_lwdf.errors import LwdfError, OptionError
 from onnx_lwdf.interrupt import INTERRUPTED, noticed
-from onnx_lwdf.model_io import TOOL, tool_version
+from onnx_lwdf.model_io import TOOL, check_apart, tool_version
 from onnx_lwdf.report import COLUMNS, NUMERIC_COLUMNS, Report, printable
 from onnx_lwdf.solvers import SOLVERS
 
@@ -257,8 +257,11 @@ def _compress(model: Path, options: dict[str, Any], interrupts: Callable[[], Non
     paths, as_json, quiet = (options.pop(name) for name in ("report_paths", "as_json", "quiet"))
     dry_run, output, force = (options.pop(name) for name in ("dry_run", "output", "force"))
     showing = _Showing(paths, as_json, quiet, progress=not (quiet or no_progress))
-    for path in paths:
-        reports.check_path(path)  # before the work, not after it
+    for path in paths:  # before the work, not after it
+        reports.check_path(path)
+        check_apart(path, model, "report")
+    if len({path.resolve() for path in (*paths, *filter(None, [output]))}) < len(paths) + bool(output):
+        raise OptionError("output and reports must be different files; one is named twice")
     config = api.configure(
         **options | {name: dict(options[name]) for name in ("bits_for", "sparsity_for", "input_shape")}
     )

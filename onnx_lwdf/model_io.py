@@ -265,12 +265,28 @@ def scratch(source: Source, beside: Path | None) -> Iterator[Scratch | None]:
         yield Scratch(folder)
 
 
+def check_apart(path: Path, source: Path, word: str) -> None:
+    """ModelError where a file that will be written, by this option, is the input or holds its external data."""
+    if not path.exists() or not source.exists():
+        return
+    if path.samefile(source):
+        raise ModelError(f"{path}: is the input itself; give another --{word}")
+    model = onnx.ModelProto()
+    with contextlib.suppress(OSError, DecodeError):  # which reading it tells
+        model.ParseFromString(source.read_bytes())
+    weights = (source.parent / name for name in _external_files(model))
+    if any(file.exists() and path.samefile(file) for file in weights):
+        raise ModelError(f"{path}: holds weights of the input; give another --{word}")
+
+
 def check_target(path: Path, source: Path | None, force: bool) -> None:
     """ModelError where the output may not be written: it is the input, it exists, or its folder does not."""
-    if source is not None and path.exists() and source.exists() and path.samefile(source):
-        raise ModelError(f"{path}: is the input itself; give another --output")
+    if source is not None:
+        check_apart(path, source, "output")
     if path.is_dir():
         raise ModelError(f"{path}: is a folder; give a file name with --output")
+    if path.exists() and not path.is_file():
+        raise ModelError(f"{path}: is a device or a pipe, and a model is moved into its place; give a file's name")
     if not path.parent.is_dir():
         raise ModelError(f"{path.parent}: no such folder; create it first")
     if path.exists() and not force:

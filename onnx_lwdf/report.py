@@ -197,6 +197,8 @@ def check_path(path: Path) -> None:
         raise OptionError(f"report {str(path)!r} has no known suffix; it must end in {', '.join(WRITERS)}")
     if not path.parent.is_dir():
         raise ModelError(f"{path.parent}: no such folder; create it first")
+    if path.exists() and not path.is_file():
+        raise ModelError(f"{path}: is no file; give another --report")
 
 
 def write(report: Report, path: Path) -> None:

@@ -73,6 +73,29 @@ def test_outputs_that_may_not_be_written(folder):
     assert_refused(folder, 1, "is a folder", "m.onnx", "-o", "folder")
 
 
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="needs pipes with names")
+def test_a_pipe_is_not_replaced(folder):
+    os.mkfifo(folder / "pipe")
+    os.mkfifo(folder / "pipe.json")
+    for words in (("-o", "pipe"), ("-o", "out.onnx", "--report", "pipe.json")):
+        assert_refused(folder, 1, words[-1], "m.onnx", *words, "--force")
+        assert (folder / words[-1]).is_fifo()
+
+
+@pytest.mark.parametrize("weights", ["w.bin", "w.json"])
+def test_files_that_the_input_needs_are_not_replaced(folder, weights):
+    onnx.save(residual(), folder / "e.onnx", save_as_external_data=True, location=weights, size_threshold=0)
+    (folder / "e.json").write_bytes((folder / "e.onnx").read_bytes())
+    (folder / "folder.json").mkdir()
+    assert_refused(folder, 1, "holds weights of the input", "e.onnx", "-o", weights, "--force")
+    assert_refused(folder, 1, "is the input itself", "e.json", "-o", "out.onnx", "--report", "e.json")
+    assert_refused(folder, 1, "is no file", "e.onnx", "-o", "out.onnx", "--report", "folder.json")
+    assert_refused(folder, 2, "named twice", "e.onnx", "-o", "o.json", "--report", "o.json")
+    assert_refused(folder, 2, "named twice", "e.onnx", "-o", "out.onnx", "--report", "a.md", "--report", "./a.md")
+    if weights.endswith(".json"):
+        assert_refused(folder, 1, "holds weights of the input", "e.onnx", "-o", "out.onnx", "--report", weights)
+
+
 def test_our_own_output_is_refused(folder):
     assert run(folder, "m.onnx", "-o", "out.onnx").returncode == 0
     assert_refused(folder, 1, "already compressed", "out.onnx")
