@@ -242,14 +242,16 @@ def check(path: str | Path) -> tuple[str, ...]:
     """Problems of a file that this tool wrote; empty where it is sound.
 
     The file must be valid ONNX with our provenance, and every scale in it positive and finite. Nothing is run. The full
-    check of onnx, which infers shapes, is for files without sparse initializers: it knows no layer that reads one.
+    check of onnx, which infers shapes, is for files without sparse initializers: it knows no layer that reads one; nor is
+    it for inputs and outputs of unknown rank.
     """
     model = model_io.load(Path(path))
     if not model_io.provenance(model):
         return ("was not written by onnx-lwdf: it has no provenance",)
     problems = []
     try:
-        onnx.checker.check_model(model, full_check=not model.graph.sparse_initializer)
+        checked = model_io.with_shapes(model)
+        onnx.checker.check_model(checked, full_check=checked is model and not model.graph.sparse_initializer)
     except Exception as error:  # ValidationError, InferenceError and others
         problems.append(f"is not valid: {str(error).strip().splitlines()[0]}")
     for tensor in model.graph.initializer:

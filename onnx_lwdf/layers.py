@@ -27,9 +27,13 @@ LARGEST_BLOCK, MULTIPLE = 2048, 64  # inputs of a block; a multiple of the M of 
 BLOCK_VALUES = 2**18  # of a weight at a time, where weights are too large for memory: 2 MiB stay in a processor's cache
 
 WEIGHTED = ("Conv", "ConvTranspose", "Gemm", "MatMul")
+FUSED = "made by onnxruntime's optimizer; give the model as it was before"
 LEFT_ALONE = {  # operators that hold weights too
     **dict.fromkeys(("LSTM", "GRU", "RNN"), "the weights of recurrent layers stay float"),
     **dict.fromkeys(("QLinearConv", "QLinearMatMul", "ConvInteger", "MatMulInteger"), "already quantized"),
+    **dict.fromkeys(("com.microsoft::QGemm", "com.microsoft::MatMulIntegerToFloat"), "already quantized"),
+    **dict.fromkeys((f"com.microsoft::Fused{op}" for op in ("Conv", "Gemm", "MatMul")), FUSED),
+    "com.microsoft.nchwc::Conv": FUSED,
 }
 
 

@@ -81,9 +81,24 @@ def read(source: str | Path | onnx.ModelProto) -> Source:
 
 def _checkable(source: Source) -> onnx.ModelProto | str:
     """What onnx's checker takes: a path is not serialized, but all that it names is read into memory."""
-    if source.mapped or source.path is None:
-        return without_mapped(source.model)
+    open_ranks = with_shapes(source.model)
+    if source.mapped or source.path is None or open_ranks is not source.model:
+        return without_mapped(open_ranks)
     return str(source.path)
+
+
+def with_shapes(model: onnx.ModelProto) -> onnx.ModelProto:
+    """The model, or a copy for onnx's checker: that wants a shape of every input and output, onnxruntime runs them without."""
+    if not any(map(_rank_is_open, (*model.graph.input, *model.graph.output))):
+        return model
+    copy = copy_of(model)
+    for info in filter(_rank_is_open, (*copy.graph.input, *copy.graph.output)):
+        info.type.tensor_type.shape.SetInParent()  # whose rank the checker then takes for 0, and does not look at
+    return copy
+
+
+def _rank_is_open(info: onnx.ValueInfoProto) -> bool:
+    return info.type.HasField("tensor_type") and not info.type.tensor_type.HasField("shape")
 
 
 def load(path: Path) -> onnx.ModelProto:
@@ -214,6 +229,9 @@ def raise_opset(model: onnx.ModelProto, opset: int, form: str) -> tuple[onnx.Mod
     ]
     del converted.graph.value_info[:]  # the converter writes down every shape that it infers
     converted.graph.value_info.extend(kept)
+    declared = {info.name: info for info in (*model.graph.input, *model.graph.output)}
+    for info in (*converted.graph.input, *converted.graph.output):
+        info.CopyFrom(declared[info.name])
     return converted, f"opset raised from {current} to {opset}, which format {form} needs"
 
 

@@ -93,11 +93,20 @@ def unloadable(model: onnx.ModelProto) -> str | None:
 def run(session: ort.InferenceSession, feeds: Mapping[str, Array], outputs: Sequence[str] | None = None) -> list[Array]:
     """One run; ModelError with onnxruntime's own words where it fails."""
     try:
-        return [np.asarray(value) for value in session.run(outputs, dict(feeds))]
+        return [_array(value) for value in session.run(outputs, dict(feeds))]
     except Exception as error:
         raise ModelError(
             f"onnxruntime cannot run the model: {first_line(error)}; where the input's size is open, give --input-shape"
         ) from error
+
+
+def _array(value: Any) -> Array:
+    """The value as an array; one of objects where it is a sequence of tensors of different shapes, which no array holds."""
+    if not isinstance(value, list) or len({np.shape(item) for item in value}) <= 1:
+        return np.asarray(value)
+    array = np.empty(len(value), object)
+    array[:] = value
+    return array
 
 
 def copy_of(model: onnx.ModelProto, outputs: Sequence[str] | None = None) -> onnx.ModelProto:

@@ -12,9 +12,9 @@ from onnx import helper
 
 import onnx_lwdf
 from onnx_lwdf.activations.images import scenes
-from onnx_lwdf.errors import ModelError
+from onnx_lwdf.errors import ModelError, OptionError
 from onnx_lwdf.runtime import Array
-from tests.nets import answers, residual, sqnr_db, with_weights
+from tests.nets import FAST, answers, residual, sqnr_db, with_weights
 
 IMAGE = "(float[N,3,9,10] x) => (float[N,4,A,B] y)"
 SIZES = {"N": 2, "C": 5, "H": 9, "W": 9, "L": 9, "K": 7}
@@ -357,6 +357,41 @@ def test_an_already_quantized_model_is_refused():
     text = f'<ir_version: 8, opset_import: ["" : 17]> net {IMAGE} {{ {body} }}'
     with pytest.raises(ModelError, match="nothing to compress: already quantized"):
         onnx_lwdf.compress(with_weights(text, {"w": CODES, **WEIGHT_GRID, **GRID}))
+
+
+def test_what_onnxruntime_fused_is_named(tmp_path):
+    options = ort.SessionOptions()
+    options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_ENABLE_EXTENDED
+    options.optimized_model_filepath = str(tmp_path / "fused.onnx")
+    ort.InferenceSession(residual().SerializeToString(), options, providers=["CPUExecutionProvider"])
+    source = onnx.load(tmp_path / "fused.onnx")
+    fused = [node for node in source.graph.node if node.op_type == "FusedConv"]
+    assert fused
+    result = onnx_lwdf.compress(source, **FAST)
+    named = [layer for layer in result.report.kept if "onnxruntime's optimizer" in layer.reason]
+    assert [layer.op for layer in named] == ["com.microsoft::FusedConv"] * len(fused)
+    assert_same_answers(source, result.model)
+
+
+@pytest.mark.parametrize("form", ["qdq", "packed"])
+@pytest.mark.parametrize("side", ["input", "output"])
+def test_sizes_that_nobody_declared(side, form, tmp_path):
+    """onnxruntime needs none, so exporters leave them out; what stands there stays, where the operator set is raised too."""
+    source = residual()
+    source.opset_import[0].version = 13
+    (info,) = getattr(source.graph, side)
+    info.type.tensor_type.ClearField("shape")
+    given = {"input_shape": {"x": (1, 3, 16, 16)}} if side == "input" else {}
+    result = onnx_lwdf.compress(source, tmp_path / "out.onnx", format=form, bits=6, **given, **FAST)
+    assert result.report.compressed
+    for name in ("input", "output"):
+        assert list(getattr(result.model.graph, name)) == list(getattr(source.graph, name))
+    assert onnx_lwdf.check(tmp_path / "out.onnx") == ()
+    feeds = {"x": np.random.default_rng(1).standard_normal((2, 3, 16, 16)).astype(np.float32)}
+    assert sqnr_db(answers(source, feeds)[0], answers(result.model, feeds)[0]) > LEAST_DB
+    if side == "input":
+        with pytest.raises(OptionError, match="no shape; give --input-shape x:"):
+            onnx_lwdf.compress(source)
 
 
 def test_local_functions_are_entered():

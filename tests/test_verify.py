@@ -118,6 +118,24 @@ def test_outputs_without_an_error_to_measure():
     assert "best" not in report.outputs
 
 
+def test_sequences_of_maps_of_different_sizes():
+    """As feature pyramids are: no array holds them."""
+    text = """
+    <ir_version: 8, opset_import: ["" : 17]> net (float[N,3,8,8] x) => (float[N,4,4,4] y, seq(float) levels) {
+        a = Conv (x, w)
+        y = MaxPool <kernel_shape = [2,2], strides = [2,2]> (a)
+        levels = SequenceConstruct (a, y)
+    }
+    """
+    model = with_weights(text, {"w": np.random.default_rng(0).normal(size=(4, 3, 1, 1))})
+    result = onnx_lwdf.compress(model, **FAST)
+    assert list(result.report.outputs) == ["y"]
+    feeds = samples(model)
+    (_, exact), (_, levels) = answers(model, feeds), answers(result.model, feeds)
+    assert [level.shape for level in levels] == [(4, 4, 8, 8), (4, 4, 4, 4)]
+    assert all(sqnr_db(a, b) > 30 for a, b in zip(exact, levels, strict=True))
+
+
 ENDLESS = """
 <ir_version: 8, opset_import: ["" : 17]> net (float[N,3,8,8] x) => (float[N,6] y) {
     a = Conv (x, w)

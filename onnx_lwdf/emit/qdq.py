@@ -32,7 +32,7 @@ def weight(graph: Graph, stem: str, codes: Held, rounded: Rounded) -> Held:
 def bias(graph: Graph, stem: str, values: npt.NDArray[np.float64], rounded: Rounded, grid: ActivationGrid) -> str:
     """The bias as int32 codes (older onnxruntime does not fuse a float one); its name."""
     scale = (np.float32(grid.scale) * rounded.scale).astype(np.float32)
-    codes = np.rint(values / scale.astype(np.float64))
+    codes = np.rint(np.divide(values, scale, out=np.zeros_like(values), where=scale > 0))  # 0: too small for float32
     limit = np.iinfo(np.int32).max
     inputs = [
         graph.add_constant(f"{stem}.bias.codes", np.clip(codes, -limit, limit).astype(np.int32)),

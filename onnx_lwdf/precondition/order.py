@@ -113,6 +113,7 @@ def _costs_of(graph: Graph, layer: Layer, group: Group, limit: int, samples: Sam
 def pair_costs(weight: F64, scale: F64, variance: F64, limit: int) -> F64:
     """The formula above, [channels, channels]; weight [filters, channels], scale [filters], variance [channels]."""
     total = np.zeros((weight.shape[1], weight.shape[1]), np.float32)  # which halves the time, and orders need no more
+    unit = np.exp2(np.floor(np.log2(scale.max(initial=0) or 1.0)))  # float32 does not hold the square of every scale
     for row, step in zip(weight, scale, strict=True):
         if step == 0:
             continue
@@ -123,12 +124,12 @@ def pair_costs(weight: F64, scale: F64, variance: F64, limit: int) -> F64:
         over -= np.float32(limit)
         np.maximum(over, 0, out=over)
         over *= over
-        over *= np.float32(step**2)
+        over *= np.float32((step / unit) ** 2)
         over[:, large] /= 2  # met from both sides
         total[large] += over
     sums = variance[:, None] + variance
     shared = variance[:, None] * variance / np.where(sums > 0, sums, 1.0)
-    return np.asarray((total + total.T) * shared)
+    return np.asarray((total + total.T) * shared * unit**2)
 
 
 def pair_up(costs: F64) -> Indices:

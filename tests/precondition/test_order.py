@@ -89,6 +89,14 @@ def test_a_pair_costs_the_least_error_of_codes_whose_sum_is_at_the_limit():
         assert costs[i, j] == costs[j, i] == pytest.approx(least, rel=1e-3, abs=1e-9)
 
 
+@pytest.mark.parametrize("size", [1e-30, 1e30])
+def test_costs_of_weights_whose_squares_float32_does_not_hold(size):
+    rng = np.random.default_rng(2)
+    weight, variance = rng.normal(size=(5, 4)), rng.uniform(0.1, 2, 4)
+    costs = [order.pair_costs(w, np.abs(w).max(1) / 127, variance, 128) for w in (weight, size * weight)]
+    np.testing.assert_allclose(costs[1], size**2 * costs[0], rtol=1e-5)  # float32
+
+
 def matchings(channels):
     """Every way to split these channels into pairs."""
     if not channels:
