@@ -1,13 +1,14 @@
 """A model that was exported for a fixed number of samples takes any number while it is compressed.
 
 Statistics are made of batches, and the usual export fixes the batch at 1. So the first axis of inputs, outputs and inner
-tensors is freed where it has that size, and the first element of the constant shape of a Reshape with it. Whether the
-function is still the same, sample by sample, is tried; where it is not, the model keeps its batch and is run as it is.
+tensors is freed where it has that size, and the first element of the constant shape of a Reshape with it. A batch of one
+that is dropped (a Squeeze of the first axis, a Gather of its only element) stays meanwhile. Whether the function is still
+the same, sample by sample, is tried; where it is not, the model keeps its batch and is run as it is.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -21,15 +22,26 @@ from onnx_lwdf.runtime import Array, copy_of, open_session, run
 TOLERANCE = (
     1e-3  # of the largest output: float32 sums in another order differ by far less, another function by far more
 )
+AXES_ARE_INPUTS = 13  # of Squeeze and Unsqueeze, from this operator set on
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, eq=False)
+class Dropped:
+    """A node that drops the batch's axis, or gives it back, as it was."""
+
+    node: onnx.NodeProto
+    constant: Array | None  # its second input
+
+
+@dataclass(frozen=True, slots=True, eq=False)
 class FixedBatch:
     """What was freed, to be fixed again."""
 
     size: int
     tensors: frozenset[str]  # whose first axis has this size
     targets: frozenset[str]  # constant shapes whose first element was this size
+    dropped: Mapping[str, Dropped]  # by the name that the node has meanwhile
+    declared: Sequence[onnx.ValueInfoProto]  # sizes of outputs and inner tensors, unknown while the batch's axis stays
 
 
 def free_batch(graph: Graph, inputs: Sequence[InputSpec]) -> FixedBatch | None:
@@ -39,8 +51,11 @@ def free_batch(graph: Graph, inputs: Sequence[InputSpec]) -> FixedBatch | None:
     if not size:
         return None
     original = copy_of(graph.model)
+    dropped = _keep_axis(graph) if size == 1 else {}
+    declared = [*original.graph.output, *original.graph.value_info] if dropped else []
+    _forget({info.name for info in declared}, graph.model)
     free = {info.name for info in _infos(graph.model) if _fixed(info, size)}
-    fixed = FixedBatch(size, frozenset(free), frozenset(_free_targets(graph, size)))
+    fixed = FixedBatch(size, frozenset(free), frozenset(_free_targets(graph, size)), dropped, declared)
     graph.commit()
     for info in _infos(graph.model):
         if info.name in free:
@@ -57,10 +72,82 @@ def fix_batch(graph: Graph, fixed: FixedBatch) -> None:
         value = np.array(graph.constant(name))
         value[0] = fixed.size
         graph.overwrite(name, value)
+    for node in graph.nodes:
+        if node.name in fixed.dropped:
+            _restore(graph, node, fixed.dropped[node.name])
     graph.commit()
+    declared = {info.name: info for info in fixed.declared}
+    for info in _infos(graph.model):
+        if info.name in declared:
+            info.CopyFrom(declared[info.name])
     for info in _infos(graph.model):
         if info.name in fixed.tensors and info.type.tensor_type.shape.dim:
             info.type.tensor_type.shape.dim[0].dim_value = fixed.size
+
+
+def _keep_axis(graph: Graph) -> dict[str, Dropped]:
+    """Let the batch's axis stay where a node drops it, and be no new one where that is given back; the nodes as they were."""
+    dropped: dict[str, Dropped] = {}
+    bare: set[str] = set()  # tensors that had no axis of the batch
+    for node in graph.nodes:
+        drops, gives = _drops(graph, node), _gives(graph, node) and node.input[0] in bare
+        if drops is None and not gives:
+            bare.update(node.output if bare.intersection(node.input) else ())
+            continue
+        name = graph.unique("batch")
+        constant = graph.constant(node.input[1]) if len(node.input) > 1 else None
+        dropped[name] = Dropped(onnx.NodeProto.FromString(node.SerializeToString()), constant)
+        node.name = name
+        del node.attribute[:]
+        del node.input[1:]
+        if not drops:
+            node.op_type = "Identity"
+        elif graph.opset < AXES_ARE_INPUTS:
+            node.attribute.append(onnx.helper.make_attribute("axes", drops))
+        else:
+            node.input.append(graph.shared_constant(np.array(drops, np.int64)))
+        bare.update(() if gives else node.output)
+    return dropped
+
+
+def _drops(graph: Graph, node: onnx.NodeProto) -> list[int] | None:
+    """The other axes that a node drops which drops the first; None where that stays."""
+    if graph.constant(node.input[0] if node.input else "") is not None:
+        return None
+    if operator(node) == "Squeeze":
+        axes = _axes(graph, node)
+        return [axis for axis in axes if axis] if 0 in axes else None
+    if operator(node) == "Gather" and attribute(node, "axis", 0) == 0:
+        index = graph.constant(node.input[1])
+        return [] if index is not None and index.ndim == 0 and index == 0 else None
+    return None
+
+
+def _gives(graph: Graph, node: onnx.NodeProto) -> bool:
+    return operator(node) == "Unsqueeze" and _axes(graph, node) == [0]
+
+
+def _axes(graph: Graph, node: onnx.NodeProto) -> list[int]:
+    """Those that are named; none where that is not known."""
+    named = attribute(node, "axes", None) if len(node.input) < 2 else graph.constant(node.input[1])
+    return [] if named is None else [int(axis) for axis in named]
+
+
+def _restore(graph: Graph, node: onnx.NodeProto, dropped: Dropped) -> None:
+    was = dropped.node
+    node.op_type, node.name = was.op_type, was.name
+    del node.attribute[:]
+    node.attribute.extend(was.attribute)
+    del node.input[1:]
+    if dropped.constant is not None:
+        node.input.append(graph.shared_constant(dropped.constant))
+
+
+def _forget(names: Iterable[str], model: onnx.ModelProto) -> None:
+    """No sizes of these tensors."""
+    for info in _infos(model):
+        if info.name in names:
+            info.type.tensor_type.ClearField("shape")
 
 
 def _infos(model: onnx.ModelProto) -> Iterator[onnx.ValueInfoProto]:
@@ -106,9 +193,12 @@ def _outputs(model: onnx.ModelProto, feeds: Sequence[Mapping[str, Array]]) -> li
 
 
 def _close(first: Array, second: Array, both: Array) -> bool:
-    if not first.ndim or both.shape != (2 * len(first), *first.shape[1:]):
+    if first.ndim and both.shape == (2 * len(first), *first.shape[1:]):
+        expected = np.concatenate([first, second])
+    elif both.shape == (2, *first.shape):  # the batch's axis was dropped
+        expected = np.stack([first, second])
+    else:
         return False
-    expected = np.concatenate([first, second])
     if expected.dtype.kind != "f":
         return bool((expected == both).all())
     largest = float(np.abs(expected).max(initial=0))

@@ -20,7 +20,7 @@ import numpy as np
 import onnx
 import onnxruntime as ort
 
-from onnx_lwdf.activations.aligned import batch_statistics, normalize
+from onnx_lwdf.activations.aligned import NO_POWER, batch_statistics, dead_power, normalize
 from onnx_lwdf.activations.taps import Feed, tensor_shapes
 from onnx_lwdf.graph import Graph
 from onnx_lwdf.layers import change_weight, find_layers, set_bias
@@ -85,6 +85,7 @@ def _pass(graph: Graph, chosen: Sequence[str], ranks: Mapping[str, int], known: 
         mean, variance = batch_statistics(probe, tensor, ranks[tensor])
         if tensor in chosen:
             measured[tensor] = mean, variance
+        dead = dead_power(known[tensor]) if tensor in known else NO_POWER
         if tensor in known:
             shift = probe.add_constant("recalibration.mean", known[tensor].mean.astype(np.float32))
             scale = probe.add_constant("recalibration.deviation", known[tensor].deviation.astype(np.float32))
@@ -92,7 +93,7 @@ def _pass(graph: Graph, chosen: Sequence[str], ranks: Mapping[str, int], known: 
             shift, scale = inputs[tensor] = probe.unique("recalibration.mean"), probe.unique("recalibration.deviation")
         else:
             continue  # the float network goes on as it is
-        probe.reroute(readers, tensor, normalize(probe, tensor, mean, variance, shift, scale))
+        probe.reroute(readers, tensor, normalize(probe, tensor, mean, variance, shift, scale, dead))
     model = probe.model
     probe.set_outputs(name for pair in measured.values() for name in pair)
     for pair in inputs.values():

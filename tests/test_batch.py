@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 import numpy as np
 import onnx
 import pytest
@@ -87,3 +89,72 @@ def test_shapes_that_name_the_batch(bits):
     assert targets == {"grouped": [2, 2, 4, 8, 8], "back": [2, 8, 8, 8], "rows": [2, -1]}
     feeds = samples(model)
     assert sqnr_db(answers(model, feeds)[0], answers(result.model, feeds)[0]) > 25
+
+
+TAILS = {  # what drops the batch of one, and what follows
+    "squeeze": ("y = Squeeze (f, first)", "float[4] y"),
+    "squeeze more": ("k = Unsqueeze (f, last) y = Squeeze (k, both)", "float[4] y"),
+    "gather": ("y = Gather <axis = 0> (f, zero)", "float[4] y"),
+    "softmax": ("k = Squeeze (f, first) y = Softmax <axis = -1> (k)", "float[4] y"),
+    "given back": ("k = Squeeze (f, first) h = Relu (k) y = Unsqueeze (h, first)", "float[1,4] y"),
+}
+ONE = """
+<ir_version: 8, opset_import: ["" : 17]>
+net (float[1,3,8,8] x) => ({y}) {{
+    a = Conv <pads = [1,1,1,1]> (x, w0)
+    n = BatchNormalization (a, g, b, m, v)
+    r = Relu (n)
+    c = Conv (r, w1)
+    p = GlobalAveragePool (c)
+    f = Flatten (p)
+    {tail}
+}}
+"""
+
+
+def of_one(name: str, opset: int = 17) -> onnx.ModelProto:
+    rng = np.random.default_rng(0)
+    tail, y = TAILS[name]
+    text = ONE.format(tail=tail, y=y).replace('"" : 17', f'"" : {opset}')
+    constants = {"first": [0], "last": [2], "both": [0, 2], "zero": 0}
+    if opset < 13:
+        for word, axes in constants.items():
+            for op in ("Squeeze", "Unsqueeze"):
+                text = re.sub(rf"{op} \((\w+), {word}\)", rf"{op} <axes = {axes}> (\1)", text)
+    tensors = {
+        "w0": rng.normal(0, 0.4, (8, 3, 3, 3)),
+        "w1": rng.normal(0, 0.4, (4, 8, 1, 1)),
+        "g": rng.uniform(0.5, 1.5, 8),
+        "b": rng.normal(0, 0.5, 8),
+        "m": rng.normal(0, 0.5, 8),
+        "v": rng.uniform(1, 4, 8),
+    }
+    return with_weights(text, tensors | {word: np.array(value) for word, value in constants.items() if word in text})
+
+
+@pytest.mark.parametrize("opset", [17, 11])
+@pytest.mark.parametrize("name", TAILS)
+def test_a_batch_that_is_dropped_stays_meanwhile(name, opset):
+    model = of_one(name, opset)
+    onnx.checker.check_model(model, full_check=True)
+    graph = Graph(onnx.ModelProto.FromString(model.SerializeToString()))
+    fixed = free_batch(graph, find_inputs(graph, Config()))
+    feeds = {"x": np.random.default_rng(0).standard_normal((6, 3, 8, 8)).astype(np.float32)}
+    parts = [answers(model, {"x": feeds["x"][i : i + 1]})[0].reshape(1, 4) for i in range(6)]
+    np.testing.assert_allclose(answers(graph.model, feeds)[0], np.concatenate(parts), rtol=1e-4, atol=1e-5)
+    fix_batch(graph, fixed)
+    again = graph.model
+    assert [node.op_type for node in again.graph.node] == [node.op_type for node in model.graph.node]
+    assert list(again.graph.output) == list(model.graph.output)
+    np.testing.assert_array_equal(*(answers(one, {"x": feeds["x"][:1]})[0] for one in (model, again)))
+
+
+@pytest.mark.parametrize("opset", [17, 11])
+@pytest.mark.parametrize("name", TAILS)
+def test_a_model_of_one_sample_is_as_good_as_one_of_many(name, opset):
+    """Statistics of single images would be others in each image."""
+    one = of_one(name, opset)
+    result = onnx_lwdf.compress(one, **FAST)
+    assert list(result.model.graph.output) == list(one.graph.output)
+    feeds = {"x": np.random.default_rng(1).standard_normal((1, 3, 8, 8)).astype(np.float32)}
+    assert sqnr_db(answers(one, feeds)[0], answers(result.model, feeds)[0]) > 30

@@ -20,9 +20,8 @@ from onnx_lwdf.statistics import ChannelStatistics
 
 # Var = E[x^2] - E[x]^2 cancels in float32: below this share of E[x^2] it is noise, and noise is not amplified.
 SMALLEST_SHARE = 1e-6
-NO_POWER = (
-    1e-30  # where E[x^2] is below, nothing is left of it in float32. Layers that another one scales may put out 1e-6
-)
+NO_POWER = 1e-30  # where E[x^2] is below, nothing is left of it in float32; behind a layer of 1e-6 another may multiply
+DEAD_POWER = 1e-12  # variance that is no more than rounding beside channels that vary by 1
 
 
 def align(graph: Graph, tensor: str, known: ChannelStatistics, shape: tuple[int, ...]) -> str:
@@ -30,7 +29,8 @@ def align(graph: Graph, tensor: str, known: ChannelStatistics, shape: tuple[int,
     mean, variance = batch_statistics(graph, tensor, len(shape))
     scale = graph.add_constant("align.deviation", known.deviation.astype(np.float32))
     shift = graph.add_constant("align.mean", known.mean.astype(np.float32))
-    return _bounded(graph, normalize(graph, tensor, mean, variance, shift, scale), known, len(shape))
+    aligned = normalize(graph, tensor, mean, variance, shift, scale, dead_power(known))
+    return _bounded(graph, aligned, known, len(shape))
 
 
 def _bounded(graph: Graph, tensor: str, known: ChannelStatistics, rank: int) -> str:
@@ -54,9 +54,19 @@ def batch_statistics(graph: Graph, tensor: str, rank: int) -> tuple[str, str]:
     return mean, graph.add("Max", [spread, floor], "align")
 
 
-def normalize(graph: Graph, tensor: str, mean: str, variance: str, shift: str, scale: str) -> str:
-    """The tensor's channels, which have this mean and variance, with the mean `shift` and the deviation `scale`."""
-    return graph.add("BatchNormalization", [tensor, scale, shift, mean, variance], "align", epsilon=NO_POWER)
+def dead_power(known: ChannelStatistics) -> float:
+    """The variance that says nothing beside that of the tensor's other channels."""
+    return max(DEAD_POWER * min(float(known.deviation.max(initial=0)) ** 2, 1.0), NO_POWER)
+
+
+def normalize(
+    graph: Graph, tensor: str, mean: str, variance: str, shift: str, scale: str, dead: float = NO_POWER
+) -> str:
+    """The tensor's channels, which have this mean and variance, with the mean `shift` and the deviation `scale`.
+
+    Channels of a variance below `dead` get less deviation than that.
+    """
+    return graph.add("BatchNormalization", [tensor, scale, shift, mean, variance], "align", epsilon=dead)
 
 
 def _reduce(graph: Graph, op: str, tensor: str, axes: list[int]) -> str:

@@ -21,9 +21,9 @@ net (float[N,3,16,16] x) => (float[N,3,16,16] y) {
 MEAN, GAMMA = np.array([0.5, -2.0, 1.0]), np.array([1.0, 0.1, 2.0])
 
 
-def aligned(values, *, opset=17, gamma=GAMMA):
+def aligned(values, *, opset=17, gamma=GAMMA, size=1.0):
     graph = Graph(onnx.parser.parse_model(TEXT % opset))
-    known = ChannelStatistics(MEAN, GAMMA, gamma)
+    known = ChannelStatistics(size * MEAN, size * GAMMA, None if gamma is None else size * gamma)
     (reader,) = graph.consumers["a"]
     graph.connect(reader, 0, align(graph, "a", known, values.shape))
     graph.commit()
@@ -41,7 +41,7 @@ def images():
 @pytest.mark.parametrize("size", [1, 1e-6, 1e-12])
 def test_means_and_deviations_are_the_stored_ones(size):
     """However small the values are that the layer puts out."""
-    found = aligned(np.float32(size) * images())[:, [0, 2]]
+    found = aligned(np.float32(size) * images(), size=size)[:, [0, 2]] / size
     np.testing.assert_allclose(found.mean((0, 2, 3)), MEAN[[0, 2]], atol=1e-4)
     np.testing.assert_allclose(found.std((0, 2, 3)), GAMMA[[0, 2]], rtol=1e-4)
 
