@@ -50,8 +50,16 @@ def free_batch(graph: Graph, inputs: Sequence[InputSpec]) -> FixedBatch | None:
     size = sizes.pop() if len(sizes) == 1 else None
     if not size:
         return None
+    ways = (False, True) if size == 1 else (False,)
+    return next(filter(None, (_freed(graph, inputs, size, keep_axis) for keep_axis in ways)), None)
+
+
+def _freed(graph: Graph, inputs: Sequence[InputSpec], size: int, keep_axis: bool) -> FixedBatch | None:
+    """One way to free it; the graph as it was where that is another function."""
     original = copy_of(graph.model)
-    dropped = _keep_axis(graph) if size == 1 else {}
+    dropped = _keep_axis(graph) if keep_axis else {}
+    if keep_axis and not dropped:
+        return None
     declared = [*original.graph.output, *original.graph.value_info] if dropped else []
     _forget({info.name for info in declared}, graph.model)
     free = {info.name for info in _infos(graph.model) if _fixed(info, size)}
@@ -89,7 +97,12 @@ def _keep_axis(graph: Graph) -> dict[str, Dropped]:
     """Let the batch's axis stay where a node drops it, and be no new one where that is given back; the nodes as they were."""
     dropped: dict[str, Dropped] = {}
     bare: set[str] = set()  # tensors that had no axis of the batch
+    sizes: set[str] = set()  # of tensors: what Shape puts out, and what is made of that
     for node in graph.nodes:
+        read = {name for name in node.input if name and graph.constant(name) is None}
+        if operator(node) == "Shape" or (read and read <= sizes):
+            sizes.update(node.output)
+            continue
         drops, gives = _drops(graph, node), _gives(graph, node) and node.input[0] in bare
         if drops is None and not gives:
             bare.update(node.output if bare.intersection(node.input) else ())

@@ -96,6 +96,11 @@ TAILS = {  # what drops the batch of one, and what follows
     "squeeze more": ("k = Unsqueeze (f, last) y = Squeeze (k, both)", "float[4] y"),
     "gather": ("y = Gather <axis = 0> (f, zero)", "float[4] y"),
     "softmax": ("k = Squeeze (f, first) y = Softmax <axis = -1> (k)", "float[4] y"),
+    "sizes": (
+        "s = Shape (f) n1 = Gather <axis = 0> (s, zero) n2 = Unsqueeze (n1, first) t = Concat <axis = 0> (n2, rest)"
+        " k = Reshape (f, t) y = Squeeze (k, first)",
+        "float[4] y",
+    ),
     "given back": ("k = Squeeze (f, first) h = Relu (k) y = Unsqueeze (h, first)", "float[1,4] y"),
 }
 ONE = """
@@ -116,7 +121,7 @@ def of_one(name: str, opset: int = 17) -> onnx.ModelProto:
     rng = np.random.default_rng(0)
     tail, y = TAILS[name]
     text = ONE.format(tail=tail, y=y).replace('"" : 17', f'"" : {opset}')
-    constants = {"first": [0], "last": [2], "both": [0, 2], "zero": 0}
+    constants = {"first": [0], "last": [2], "both": [0, 2], "zero": 0, "rest": [4]}
     if opset < 13:
         for word, axes in constants.items():
             for op in ("Squeeze", "Unsqueeze"):
