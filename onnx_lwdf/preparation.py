@@ -37,6 +37,10 @@ UNNORMALIZED = (
     "and layers know their inputs from synthetic images alone; export it with BatchNormalization kept"
 )
 UNSEEN = "{}; so weights alone were rounded, each on its own, and nothing was verified: try the file where it will run"
+SINGLE = (
+    "input {!r} takes one sample at a time, and the graph no more at once: layers know the statistics of single samples alone, "
+    "and are compressed worse; export it with an open batch"
+)
 TAIL = "joins what different layers put out, and no layer follows: stays float"
 ORIGINS = {"data": "data", "none": "weights-only"}  # source -> the statistics of every layer; else each has its own
 
@@ -105,7 +109,8 @@ def prepare(
     }
     lost = "propagated" in origins.values() and not statistics and not any(map(_normalizes, graph.nodes))
     folded = FOLDED if recovered else UNNORMALIZED if lost else None
-    warnings = (*filter(None, notes), *warnings, *filter(None, [folded]))
+    alone = [SINGLE.format(spec.name) for spec in inputs if spec.image and spec.batch == 1]
+    warnings = (*filter(None, notes), *warnings, *filter(None, [folded]), *alone)
     layers, inputs = read_pixels(graph, layers, plan, inputs, config)
     found = sources(graph, layers)
     return Prepared(

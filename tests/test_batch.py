@@ -163,3 +163,12 @@ def test_a_model_of_one_sample_is_as_good_as_one_of_many(name, opset):
     assert list(result.model.graph.output) == list(one.graph.output)
     feeds = {"x": np.random.default_rng(1).standard_normal((1, 3, 8, 8)).astype(np.float32)}
     assert sqnr_db(answers(one, feeds)[0], answers(result.model, feeds)[0]) > 30
+
+
+@pytest.mark.parametrize("name", ["squeeze", "whole"])
+def test_who_takes_one_sample_at_a_time_is_told(name):
+    model = of_one("squeeze")
+    if name == "whole":  # a function of all samples
+        model.graph.node[-1].CopyFrom(onnx.helper.make_node("ReduceMean", ["f"], ["y"], axes=[0], keepdims=0))
+    warnings = onnx_lwdf.compress(model, **FAST).report.warnings
+    assert any("takes one sample at a time" in text for text in warnings) == (name == "whole")
