@@ -151,7 +151,8 @@ def configure(
     save_as_external_data: bool,
 ) -> Config:
     """The words of `compress` as a validated Config."""
-    prunes = bool(sparsity or nm or channels or any(sparsity_for.values()))
+    shares = sparsity_for.values() if isinstance(sparsity_for, Mapping) else ()
+    prunes = bool(sparsity or nm or channels or any(shares))
     auto = bits == AUTO or (bits is None and weight_bits is None and max_size is not None and not prunes)
     if bits == AUTO and weight_bits is not None:
         raise OptionError("bits auto chooses the bits of the weights; leave weight-bits out")
@@ -163,7 +164,7 @@ def configure(
         weight_bits=bits if weight_bits is None else weight_bits,
         activation_bits=_activation_bits(bits, activation_bits),
         auto_bits=auto,
-        bits_for=dict(bits_for),
+        bits_for=bits_for,
         keep_first_last=keep_first_last,
         method=method,
         activations_from=str(activations_from),
@@ -171,15 +172,15 @@ def configure(
         target=target,
         vector_size=vector_size,
         sparsity=sparsity,
-        nm=None if nm is None else (nm[0], nm[1]),
-        sparsity_for=dict(sparsity_for),
+        nm=nm,
+        sparsity_for=sparsity_for,
         channels=channels,
         recalibrate=recalibrate,
-        exclude=tuple(exclude),
-        input_shape={name: tuple(shape) for name, shape in input_shape.items()},
-        input_range=None if input_range is None else (input_range[0], input_range[1]),
-        input_mean=None if input_mean is None else tuple(input_mean),
-        input_std=None if input_std is None else tuple(input_std),
+        exclude=exclude,
+        input_shape=input_shape,
+        input_range=input_range,
+        input_mean=input_mean,
+        input_std=input_std,
         fail_under=fail_under,
         max_size=max_size,
         jobs=jobs,
@@ -265,7 +266,7 @@ def check(path: str | Path) -> tuple[str, ...]:
 def _activation_bits(bits: int | None, given: int | str | None) -> int | None:
     if given is None:
         return bits
-    if isinstance(given, int):
+    if not isinstance(given, str):
         return given
     if given == FLOAT:
         return None

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+import operator
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
 from typing import Any
 
@@ -34,6 +35,73 @@ TARGETS: Mapping[str, Target] = {
 }
 
 
+Reader = Callable[[str, Any], Any]  # an option's name and value -> the value in Python's own types, or OptionError
+
+
+def _whole(name: str, value: Any) -> int:
+    try:
+        return operator.index(value)
+    except TypeError:
+        raise OptionError(f"{name} is {value!r}; it must be a whole number") from None
+
+
+def _number(name: str, value: Any) -> float:
+    try:
+        return float(value + 0)  # words have no sum
+    except (TypeError, ValueError):
+        raise OptionError(f"{name} is {value!r}; it must be a number") from None
+
+
+def _text(name: str, value: Any) -> str:
+    if isinstance(value, str):
+        return value
+    raise OptionError(f"{name} holds {value!r}; it must hold words")
+
+
+def _several(read: Reader, count: int | None = None) -> Reader:
+    def values(name: str, given: Any) -> tuple[Any, ...]:
+        listed = None if isinstance(given, (str, Mapping)) or not hasattr(given, "__iter__") else list(given)
+        if listed is None or (count is not None and len(listed) != count):
+            raise OptionError(f"{name} is {given!r}; it must be a list of {count or 'any number of'} values")
+        return tuple(read(name, value) for value in listed)
+
+    return values
+
+
+def _named(read: Reader) -> Reader:
+    def values(name: str, given: Any) -> dict[str, Any]:
+        if not isinstance(given, Mapping):
+            raise OptionError(f"{name} is {given!r}; it must map names to values")
+        return {_text(name, key): read(f"{name} {key!r}", value) for key, value in given.items()}
+
+    return values
+
+
+READERS: Mapping[str, Reader] = {
+    **dict.fromkeys(("weight_bits", "activation_bits", "vector_size", "jobs", "samples", "seed"), _whole),
+    **dict.fromkeys(("sparsity", "channels", "fail_under", "max_size"), _number),
+    "bits_for": _named(_whole),
+    "sparsity_for": _named(_number),
+    "input_shape": _named(_several(_whole)),
+    "nm": _several(_whole, 2),
+    "input_range": _several(_number, 2),
+    "input_mean": _several(_number),
+    "input_std": _several(_number),
+    "exclude": _several(_text),
+}
+OPTIONAL = (
+    "weight_bits",
+    "activation_bits",
+    "jobs",
+    "fail_under",
+    "max_size",
+    "nm",
+    "input_range",
+    "input_mean",
+    "input_std",
+)
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Config:
     """All options of one run; the command line and `compress()` use the same words."""
@@ -53,11 +121,11 @@ class Config:
     sparsity_for: Mapping[str, float] = field(default_factory=dict)  # glob on node name or op type -> share
     channels: float = 0.0  # share of the channels that can go, which goes
     recalibrate: bool = True  # channels get back their float mean and deviation
-    exclude: tuple[str, ...] = ()  # globs on node name or op type
-    input_shape: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
-    input_range: tuple[float, float] | None = None
-    input_mean: tuple[float, ...] | None = None  # on the 0..255 scale, as is input_std
-    input_std: tuple[float, ...] | None = None
+    exclude: Sequence[str] = ()  # globs on node name or op type
+    input_shape: Mapping[str, Sequence[int]] = field(default_factory=dict)
+    input_range: Sequence[float] | None = None
+    input_mean: Sequence[float] | None = None  # on the 0..255 scale, as is input_std
+    input_std: Sequence[float] | None = None
     fail_under: float | None = None  # dB at the outputs
     max_size: float | None = None  # of the file: bytes, or a share of the source's size where it is at most 1
     jobs: int | None = None  # None: all cores
@@ -66,6 +134,10 @@ class Config:
     save_as_external_data: bool = False
 
     def __post_init__(self) -> None:
+        for name, read in READERS.items():
+            value = getattr(self, name)
+            if value is not None or name not in OPTIONAL:
+                object.__setattr__(self, name, read(name.replace("_", "-"), value))
         for name in ("weight_bits", "activation_bits"):
             _check_bits(name.replace("_", "-"), getattr(self, name))
         for pattern, bits in self.bits_for.items():

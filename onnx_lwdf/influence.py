@@ -94,14 +94,21 @@ def numbers(outputs: Sequence[Array]) -> list[F64]:
 
 def power_share(exact: Sequence[F64]) -> float:
     """The outputs' power around the mean over samples, as a share of their power; the largest share of any output."""
-    shares = [float(((a - a.mean(0)) ** 2).sum()) / max(float((a**2).sum()), TINY) for a in exact]
-    return max(shares, default=1.0)
+    shares = [float((_varying(a) ** 2).sum()) / max(float((a**2).sum()), TINY) for a in exact]
+    return max(shares, default=1.0) or 1.0
 
 
 def relative_error(exact: Sequence[F64], answer: Sequence[F64]) -> float:
     """Noise over the power around the mean over samples, summed over the outputs."""
     total = 0.0
     for a, b in zip(exact, answer, strict=True):
-        power = float(((a - a.mean(0)) ** 2).sum())
+        power = float((_varying(a) ** 2).sum())
         total += float(((a - b) ** 2).sum()) / max(power, TINY)
     return total
+
+
+def _varying(output: F64) -> F64:
+    """The output around its mean over samples; of a single sample around its mean over all, of a single number itself."""
+    if output.ndim and len(output) > 1:
+        return np.asarray(output - output.mean(0))
+    return np.asarray(output - output.mean()) if output.size > 1 else output

@@ -63,7 +63,8 @@ def trained(model: onnx.ModelProto, feeds: dict[str, Array] | None = None) -> on
             del head.graph.output[:]
             head.graph.output.append(onnx.helper.make_empty_tensor_value_info(node.input[0]))
             value = answers(head, samples(head, 64, seed=7) if feeds is None else feeds)[0]
-            for name, statistic in zip(node.input[3:], (value.mean((0, 2, 3)), value.var((0, 2, 3))), strict=True):
+            axes = (0, *range(2, value.ndim))
+            for name, statistic in zip(node.input[3:], (value.mean(axes), value.var(axes)), strict=True):
                 weights[name].CopyFrom(numpy_helper.from_array(statistic, name))
     return model
 

@@ -172,3 +172,16 @@ def test_who_takes_one_sample_at_a_time_is_told(name):
         model.graph.node[-1].CopyFrom(onnx.helper.make_node("ReduceMean", ["f"], ["y"], axes=[0], keepdims=0))
     warnings = onnx_lwdf.compress(model, **FAST).report.warnings
     assert any("takes one sample at a time" in text for text in warnings) == (name == "whole")
+
+
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize(
+    "options", [{"bits": "auto", "fail_under": 10.0}, {"max_size": 4000.0}, {"sparsity": 0.5}, {"channels": 0.3}]
+)
+def test_choices_where_one_sample_runs_at_a_time(options):
+    """There is no deviation from sample to sample to measure an error by."""
+    model = of_one("squeeze")
+    model.graph.node[-1].CopyFrom(onnx.helper.make_node("ReduceMean", ["f"], ["y"], axes=[0], keepdims=0))
+    result = onnx_lwdf.compress(model, **options, **FAST)
+    feeds = {"x": np.random.default_rng(1).standard_normal((1, 3, 8, 8)).astype(np.float32)}
+    assert sqnr_db(answers(model, feeds)[0], answers(result.model, feeds)[0]) > 2

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import json
+
+import numpy as np
 import pytest
 
 from onnx_lwdf.config import Config
@@ -44,6 +47,17 @@ from onnx_lwdf.errors import OptionError
         ({"channels": -0.5}, "below 1"),
         ({"samples": 0}, "samples is 0"),
         ({"jobs": 0}, "jobs is 0"),
+        ({"weight_bits": 6.0}, "weight-bits is 6.0; it must be a whole number"),
+        ({"samples": "8"}, "samples is '8'; it must be a whole number"),
+        ({"sparsity": None}, "sparsity is None; it must be a number"),
+        ({"max_size": "25%"}, "max-size is '25%'; it must be a number"),
+        ({"nm": "2:4"}, "nm is '2:4'; it must be a list of 2 values"),
+        ({"nm": (2, 4, 8)}, "a list of 2 values"),
+        ({"input_range": (0,)}, "a list of 2 values"),
+        ({"sparsity_for": "Conv=.5"}, "must map names to values"),
+        ({"input_shape": {"x": "1,3"}}, "input-shape 'x' is '1,3'; it must be a list"),
+        ({"exclude": "Conv"}, "exclude is 'Conv'; it must be a list"),
+        ({"exclude": [1]}, "exclude holds 1; it must hold words"),
     ],
 )
 def test_wrong_options(options, words):
@@ -93,3 +107,28 @@ def test_float_weights_go_with_float_activations():
     assert automatic(FLOAT, FLOAT, zeros=False, packs=False) == "dense"
     assert refusal("sparse", FLOAT, FLOAT) is None
     assert "integer weights" in (refusal("sparse", FLOAT, INTEGER) or "")
+
+
+def test_numbers_of_numpy_are_taken_for_what_they_are():
+    given = Config(
+        weight_bits=np.int64(6),
+        seed=np.int32(3),
+        sparsity=np.float32(0.5),
+        max_size=np.float64(0.25),
+        bits_for={"x": np.uint8(4)},
+        input_shape={"x": np.array([1, 3, 8, 8])},
+        input_mean=np.array([1, 2, 3], np.float32),
+        input_std=np.ones(3),
+    )
+    plain = Config(
+        weight_bits=6,
+        seed=3,
+        sparsity=0.5,
+        max_size=0.25,
+        bits_for={"x": 4},
+        input_shape={"x": (1, 3, 8, 8)},
+        input_mean=(1.0, 2.0, 3.0),
+        input_std=(1.0, 1.0, 1.0),
+    )
+    assert given == plain
+    assert json.dumps(given.to_dict()) == json.dumps(plain.to_dict())

@@ -26,13 +26,15 @@ from onnx_lwdf.activations.normalization import (
     ASSUMED_GREY,
     CONVENTIONS,
     ESTIMATED,
+    ESTIMATED_REACH,
+    SCENES_DEVIATION,
     SCENES_MEAN,
     Normalization,
 )
 from onnx_lwdf.activations.recovered import bottlenecks, left_over
 from onnx_lwdf.config import Config
 from onnx_lwdf.errors import OptionError
-from onnx_lwdf.graph import Graph, attribute, operator
+from onnx_lwdf.graph import Graph, attribute, operator, subgraphs
 from onnx_lwdf.layers import WEIGHTED, find_layers, input_channels
 from onnx_lwdf.runtime import Array, copy_of, open_session, run
 from onnx_lwdf.statistics import F64, ChannelStatistics, Statistics, divergence
@@ -54,6 +56,7 @@ CLEARLY_BETTER = 1 / 8
 # Of the bias's energy, in the mean of the first bottleneck, under the right convention at most: on four networks whose
 # convention is known the right one left 0.01 to 0.09, and torchvision's, where it was wrong and did not fit, 0.20 and 0.22.
 LEFT_BY_RIGHT = 0.1
+UNIT = 3.0  # what deviates by a third to three times as much, around a mean within that, is taken for standard normal
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,7 +94,11 @@ class InputSpec:
             return self.place(scenes(count, *self.chw, rng))
         shape = self.shape if self.batch == 0 else (count, *self.shape)
         if self.normalization is not None:
-            return self._typed(rng.uniform(*self.normalization.range, shape))
+            low, high = self.normalization.range
+            if self.normalization.name != ESTIMATED:
+                return self._typed(rng.uniform(low, high, shape))
+            drawn = (low + high) / 2 + (high - low) / (2 * ESTIMATED_REACH) * rng.standard_normal(shape)
+            return self._typed(drawn)
         if self.dtype.kind == "f":
             return np.asarray(rng.standard_normal(shape)).astype(self.dtype)
         if self.rows:
@@ -123,8 +130,10 @@ def read_inputs(graph: Graph, config: Config, statistics: Statistics) -> tuple[t
             spec = _normalized(graph, spec, config, statistics)
         elif config.input_range is not None and (spec.dtype.kind == "f" or _is_all(graph, spec)):
             spec = _replace(spec, _within(*config.input_range), inferred=True)
+        elif spec.dtype.kind == "f" and spec.batch != 0:
+            spec = replace(spec, normalization=_spread(graph, spec, statistics))
         if not spec.inferred:
-            warnings.append(_assumption(spec))
+            warnings.append(_assumption(spec, alone=len(graph.inputs) == 1))
         specs.append(spec)
     return tuple(specs), tuple(warnings)
 
@@ -167,11 +176,15 @@ def _rows_read(graph: Graph, name: str) -> int:
     return min(rows, default=0)
 
 
-def _assumption(spec: InputSpec) -> str:
+def _assumption(spec: InputSpec, alone: bool) -> str:
     if not spec.image:
         values = "standard normal values" if spec.dtype.kind == "f" else "any indices" if spec.rows else "ones"
         values = "random bytes" if spec.dtype in BYTES and spec.shape and not spec.rows else values
-        return f"input {spec.name!r} is not an image: {values} of shape {spec.shape} stand in for it"
+        if spec.normalization is not None:
+            low, high = spec.normalization.range
+            values = f"values from {low:.3g} to {high:.3g}, by what BatchNormalization stored,"
+        hint = "; where it holds others, give --input-range or --activations-from" if alone else ""
+        return f"input {spec.name!r} is not an image: {values} of shape {spec.shape} stand in for it{hint}"
     assert spec.normalization is not None
     return (
         f"input {spec.name!r}: no BatchNormalization near it tells how its pixels are normalized; "
@@ -272,16 +285,19 @@ def _within(low: float, high: float) -> Normalization:
 
 
 def _first_statistics(graph: Graph, name: str, statistics: Statistics) -> str | None:
-    """The first tensor with statistics that depends on the input through exactly one layer."""
-    depth = {name: 0}
+    """The first tensor with statistics that depends on the input through exactly one layer, and on no other input."""
+    depth, others = {name: 0}, set(graph.inputs) - {name}
     for node in graph.nodes:
+        if others.intersection(node.input) or any(True for _ in subgraphs(node)):
+            others.update(node.output)
+            continue
         depths = [depth[source] for source in node.input if source in depth]
         if not depths:
             continue
         weighted = max(depths) + (operator(node) in WEIGHTED)
         for output in node.output:
             depth[output] = weighted
-            if output in statistics and weighted == 1 and len(graph.inputs) == 1:
+            if output in statistics and weighted == 1:
                 return output
     return None
 
@@ -298,10 +314,46 @@ def infer(graph: Graph, spec: InputSpec, probe: str, stored: ChannelStatistics) 
     return convention if best <= GOOD_FIT or best * CLEARLY_BETTER <= free else estimate
 
 
+def _spread(graph: Graph, spec: InputSpec, statistics: Statistics) -> Normalization | None:
+    """How far the values of an input reach that is no image, where the first BatchNormalization says that it is not 1.
+
+    One mean, by least squares on the stored means, and one deviation, by the median ratio of the deviations: of values that
+    are independent, or the same everywhere, whichever must vary more. A grid that is too wide costs bits, one that is
+    too narrow costs the answer.
+    """
+    probe = _first_statistics(graph, spec.name, statistics)
+    if probe is None:
+        return None
+    head, stored, rng = _head(graph.model, probe), statistics[probe], np.random.default_rng(0)
+    shape = (spec.batch or PROBES, *spec.shape)
+
+    def response(values: Array) -> tuple[F64, F64]:
+        return _response(head, {spec.name: np.broadcast_to(values, shape).astype(spec.dtype)})
+
+    base, step = response(np.zeros(1))[0], response(np.ones(1))[0]
+    alive = stored.deviation > 1e-3 * stored.deviation.max(initial=0)
+    slope, target = ((values / stored.deviation)[alive] for values in (step - base, stored.mean - base))
+    center = float(slope @ target / (slope @ slope)) if slope.any() else 0.0
+    ratios = []
+    for size in (shape, (shape[0], *[1] * len(spec.shape))):
+        seen = response(rng.standard_normal(size))[1]
+        ratio = stored.deviation[alive & (seen > 0)] / seen[alive & (seen > 0)]
+        ratios += [float(np.exp(np.median(np.log(ratio))))] if ratio.size else []
+    if not ratios or (abs(center) <= UNIT and 1 / UNIT <= max(ratios) <= UNIT):
+        return None
+    std = SCENES_DEVIATION / max(ratios)
+    return Normalization(ESTIMATED, (SCENES_MEAN - center * std,), (std,))
+
+
 def _head(model: onnx.ModelProto, tensor: str) -> onnx.ModelProto:
     """The part of the model that makes the tensor."""
     head = copy_of(model, [tensor])
-    Graph(head).commit()
+    graph = Graph(head)
+    graph.commit()
+    read = [info for info in head.graph.input if graph.consumers[info.name]]  # onnxruntime wants all that is listed
+    kept = [onnx.ValueInfoProto.FromString(info.SerializeToString()) for info in read]
+    del head.graph.input[:]
+    head.graph.input.extend(kept)
     return head
 
 

@@ -46,5 +46,6 @@ def draw_chunks(inputs: Sequence[InputSpec], config: Config) -> list[Feed]:
         ]
     rng = np.random.default_rng([config.seed, 0])
     size = min(CHUNK, config.samples)
-    chunks = -(-config.samples // (min(fixed, size) or size))
+    taken = size if any(spec.batch is None for spec in inputs) else min(fixed, size) or size
+    chunks = -(-config.samples // taken)
     return [{spec.name: spec.draw(size, rng) for spec in inputs} for _ in range(chunks)]

@@ -12,6 +12,7 @@ from onnx import numpy_helper
 from onnx_lwdf.activations.images import scenes
 from onnx_lwdf.activations.inputs import find_inputs, read_inputs
 from onnx_lwdf.activations.normalization import CONVENTIONS, ESTIMATED, Normalization
+from onnx_lwdf.activations.sampler import draw_chunks
 from onnx_lwdf.config import Config
 from onnx_lwdf.errors import OptionError
 from onnx_lwdf.graph import Graph
@@ -204,3 +205,61 @@ def test_integers_are_pixels_where_they_can_be(kind, shape, image, low, high, wa
     given, warnings = read(onnx.parser.parse_model(WHOLE.format(kind=kind, shape=shape)), input_range=(3.0, 9.0))
     assert not warnings
     assert set(np.unique(given.draw(32, np.random.default_rng(0)))) == set(range(3, 10))
+
+
+SOUND = """
+<ir_version: 8, opset_import: ["" : 17]>
+net (float[N,12,40] x) => (float[N,16,38] y) {
+    a = Conv (x, w)
+    y = BatchNormalization (a, g, b, m, v)
+}
+"""
+
+
+@pytest.mark.parametrize("smooth", [False, True])
+@pytest.mark.parametrize(("mean", "deviation"), [(0.0, 5000.0), (-40.0, 20.0), (0.0, 0.05), (0.0, 1.0), (0.5, 1.5)])
+def test_how_far_an_input_reaches_that_is_no_image(mean, deviation, smooth):
+    """Sound of any scale: what the first BatchNormalization stored holds it."""
+    rng = np.random.default_rng(0)
+    tensors = {"w": rng.normal(0, 0.3, (16, 12, 3)), "g": np.ones(16), "b": np.zeros(16)}
+    model = with_weights(SOUND, tensors | {"m": np.zeros(16), "v": np.ones(16)})
+    values = rng.standard_normal((64, 12, 40))
+    if smooth:
+        values = np.repeat(values[:, :, :10], 4, axis=2)
+    feeds = {"x": (mean + deviation * values).astype(np.float32)}
+    spec, (warning,) = read(trained(model, feeds))
+    drawn = spec.draw(64, rng)
+    if abs(mean) < 1 and 0.5 < deviation < 2:
+        assert spec.normalization is None
+        assert "standard normal" in warning
+    else:
+        low, high = spec.normalization.range
+        assert low < mean - 2 * deviation < mean + 2 * deviation < high
+        assert high - low < 30 * deviation
+        assert abs(drawn.mean() - mean) < 2 * deviation
+        assert deviation / 2 < drawn.std() < 5 * deviation
+    assert "give --input-range" in warning
+
+
+def test_a_second_input_does_not_hide_how_the_image_is_normalized():
+    """As detectors have: a threshold, or a scale, that comes in behind."""
+    text = """
+    <ir_version: 8, opset_import: ["" : 17]>
+    net (float[N,3,16,16] x, float[1] threshold) => (float[N,8,14,14] y) {
+        a = Conv (x, w)
+        n = BatchNormalization (a, g, b, m, v)
+        y = Mul (n, threshold)
+    }
+    """
+    rng = np.random.default_rng(0)
+    tensors = {"w": rng.normal(0, 0.3, (8, 3, 3, 3)), "g": np.ones(8), "b": np.zeros(8), "m": np.zeros(8)}
+    model = with_weights(text, tensors | {"v": np.ones(8)})
+    pixels = 255 * scenes(64, 3, 16, 16, rng)
+    graph = Graph(trained(model, {"x": pixels, "threshold": np.ones(1, np.float32)}))
+    specs, warnings = read_inputs(graph, Config(), fold(graph))
+    assert specs[0].normalization.name == "zero to 255"
+    (warning,) = warnings
+    assert "'threshold' is not an image" in warning
+    assert "--input-range" not in warning  # which would be the image's too
+    chunks = draw_chunks(specs, Config(samples=64))
+    assert [len(chunk["x"]) for chunk in chunks] == [16] * 4
