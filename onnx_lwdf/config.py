@@ -62,7 +62,7 @@ def _several(read: Reader, count: int | None = None) -> Reader:
     def values(name: str, given: Any) -> tuple[Any, ...]:
         listed = None if isinstance(given, (str, Mapping)) or not hasattr(given, "__iter__") else list(given)
         if listed is None or (count is not None and len(listed) != count):
-            raise OptionError(f"{name} is {given!r}; it must be a list of {count or 'any number of'} values")
+            raise OptionError(f"{name} is {given!r}; it must be a list{'' if count is None else f' of {count} values'}")
         return tuple(read(name, value) for value in listed)
 
     return values
