@@ -308,5 +308,5 @@ def test_failed_write_leaves_the_old_file(tmp_path: Path, monkeypatch: pytest.Mo
 
 def test_folder_in_the_way_is_an_error(tmp_path: Path) -> None:
     (tmp_path / "r.json").mkdir()
-    with pytest.raises(ModelError, match="cannot be written"):
+    with pytest.raises(ModelError, match="is no file; give another --report"):
         write(REPORT, tmp_path / "r.json")
