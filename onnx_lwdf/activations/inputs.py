@@ -332,7 +332,7 @@ def _spread(graph: Graph, spec: InputSpec, statistics: Statistics) -> Normalizat
 
     base, step = response(np.zeros(1))[0], response(np.ones(1))[0]
     alive = stored.deviation > 1e-3 * stored.deviation.max(initial=0)
-    slope, target = ((values / stored.deviation)[alive] for values in (step - base, stored.mean - base))
+    slope, target = (values[alive] / stored.deviation[alive] for values in (step - base, stored.mean - base))
     center = float(slope @ target / (slope @ slope)) if slope.any() else 0.0
     ratios = []
     for size in (shape, (shape[0], *[1] * len(spec.shape))):
