@@ -16,7 +16,7 @@ import onnx
 
 from onnx_lwdf.activations.inputs import InputSpec
 from onnx_lwdf.errors import ModelError
-from onnx_lwdf.graph import Graph, attribute, operator
+from onnx_lwdf.graph import Graph, attribute, axes_of, operator
 from onnx_lwdf.runtime import Array, copy_of, open_session, run
 
 TOLERANCE = (
@@ -128,7 +128,7 @@ def _drops(graph: Graph, node: onnx.NodeProto) -> list[int] | None:
     if graph.constant(node.input[0] if node.input else "") is not None:
         return None
     if operator(node) == "Squeeze":
-        axes = _axes(graph, node)
+        axes = axes_of(graph, node)
         return [axis for axis in axes if axis] if 0 in axes else None
     if operator(node) == "Gather" and attribute(node, "axis", 0) == 0:
         index = graph.constant(node.input[1])
@@ -137,13 +137,7 @@ def _drops(graph: Graph, node: onnx.NodeProto) -> list[int] | None:
 
 
 def _gives(graph: Graph, node: onnx.NodeProto) -> bool:
-    return operator(node) == "Unsqueeze" and _axes(graph, node) == [0]
-
-
-def _axes(graph: Graph, node: onnx.NodeProto) -> list[int]:
-    """Those that are named; none where that is not known."""
-    named = attribute(node, "axes", None) if len(node.input) < 2 else graph.constant(node.input[1])
-    return [] if named is None else [int(axis) for axis in named]
+    return operator(node) == "Unsqueeze" and axes_of(graph, node) == [0]
 
 
 def _restore(graph: Graph, node: onnx.NodeProto, dropped: Dropped) -> None:

@@ -304,6 +304,12 @@ def operator(node: onnx.NodeProto) -> str:
     return node.op_type if node.domain in ("", "ai.onnx") else f"{node.domain}::{node.op_type}"
 
 
+def axes_of(graph: Graph, node: onnx.NodeProto) -> list[int]:
+    """The axes that a node names, by its attribute or, in later operator sets, its second input; none where that is open."""
+    named = graph.constant(node.input[1]) if len(node.input) > 1 else attribute(node, "axes", None)
+    return [] if named is None else [int(axis) for axis in named]
+
+
 def drop_attributes(node: onnx.NodeProto, *names: str) -> None:
     """Take the attributes of these names from the node."""
     for place in reversed(range(len(node.attribute))):

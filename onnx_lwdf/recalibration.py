@@ -85,11 +85,12 @@ def _pass(graph: Graph, chosen: Sequence[str], ranks: Mapping[str, int], known: 
         mean, variance = batch_statistics(probe, tensor, ranks[tensor])
         if tensor in chosen:
             measured[tensor] = mean, variance
-        dead = dead_power(known[tensor]) if tensor in known else NO_POWER
         if tensor in known:
+            dead = dead_power(known[tensor])
             shift = probe.add_constant("recalibration.mean", known[tensor].mean.astype(np.float32))
             scale = probe.add_constant("recalibration.deviation", known[tensor].deviation.astype(np.float32))
         elif fed:
+            dead = NO_POWER
             shift, scale = inputs[tensor] = probe.unique("recalibration.mean"), probe.unique("recalibration.deviation")
         else:
             continue  # the float network goes on as it is

@@ -178,18 +178,25 @@ def _rows_read(graph: Graph, name: str) -> int:
 
 def _assumption(spec: InputSpec, alone: bool) -> str:
     if not spec.image:
-        values = "standard normal values" if spec.dtype.kind == "f" else "any indices" if spec.rows else "ones"
-        values = "random bytes" if spec.dtype in BYTES and spec.shape and not spec.rows else values
-        if spec.normalization is not None:
-            low, high = spec.normalization.range
-            values = f"values from {low:.3g} to {high:.3g}, by what BatchNormalization stored,"
         hint = "; where it holds others, give --input-range or --activations-from" if alone else ""
-        return f"input {spec.name!r} is not an image: {values} of shape {spec.shape} stand in for it{hint}"
+        return f"input {spec.name!r} is not an image: {_drawn(spec)} of shape {spec.shape} stand in for it{hint}"
     assert spec.normalization is not None
     return (
         f"input {spec.name!r}: no BatchNormalization near it tells how its pixels are normalized; "
         f"assumed {spec.normalization.name}; give --input-range or --input-mean and --input-std"
     )
+
+
+def _drawn(spec: InputSpec) -> str:
+    """What `draw` gives an input that is no image."""
+    if spec.normalization is not None:
+        low, high = spec.normalization.range
+        return f"values from {low:.3g} to {high:.3g}, by what BatchNormalization stored,"
+    if spec.dtype.kind == "f":
+        return "standard normal values"
+    if spec.rows:
+        return "any indices"
+    return "random bytes" if spec.dtype in BYTES and spec.shape else "ones"
 
 
 def _spec(info: onnx.ValueInfoProto, channels: tuple[int, int] | None, rows: int, config: Config) -> InputSpec:
@@ -288,7 +295,7 @@ def _first_statistics(graph: Graph, name: str, statistics: Statistics) -> str | 
     """The first tensor with statistics that depends on the input through exactly one layer, and on no other input."""
     depth, others = {name: 0}, set(graph.inputs) - {name}
     for node in graph.nodes:
-        if others.intersection(node.input) or any(True for _ in subgraphs(node)):
+        if others.intersection(node.input) or [*subgraphs(node)]:
             others.update(node.output)
             continue
         depths = [depth[source] for source in node.input if source in depth]

@@ -18,7 +18,7 @@ import numpy.typing as npt
 import onnx
 
 from onnx_lwdf.activations.taps import Feed, tensor_shapes
-from onnx_lwdf.graph import Graph, attribute, node_name, operator
+from onnx_lwdf.graph import Graph, attribute, axes_of, node_name, operator
 from onnx_lwdf.layers import Layer
 
 Ints = npt.NDArray[np.int64]
@@ -193,9 +193,8 @@ def _resize(walk: _Walk, node: onnx.NodeProto) -> bool:
 
 
 def _reduce(walk: _Walk, node: onnx.NodeProto) -> bool:
-    axes = walk.graph.constant(node.input[1]) if len(node.input) > 1 else np.array(attribute(node, "axes", []))
-    rank = len(walk.shapes.get(node.input[0], ()))
-    if axes is None or not axes.size or any(int(axis) % max(rank, 1) <= CHANNEL_AXIS for axis in axes):
+    axes, rank = axes_of(walk.graph, node), len(walk.shapes.get(node.input[0], ()))
+    if not axes or any(axis % max(rank, 1) <= CHANNEL_AXIS for axis in axes):
         return False
     return _each(walk, node)
 
