@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 import onnx
+from threadpoolctl import threadpool_limits
 
 from onnx_lwdf.activations.isotropic import isotropic
 from onnx_lwdf.activations.sampler import draw_chunks, synthesize
@@ -88,11 +89,15 @@ def compress_model(source: Source, config: Config, on_layer: OnLayer, scratch: S
     may be lost: less than 0 dB, too.
     """
     least = min(0.0, config.fail_under or 0.0)
-    done = _compress(source, config, on_layer, scratch, {})
-    if harmed := done.fidelity.harmed(done.prepared.sources, least):
-        spared = {name: f"stays float: at its output {done.fidelity.layers[name]:.1f} dB were left" for name in harmed}
-        other = _compress(source, config, on_layer, scratch, spared)
-        done = other if other.fidelity.worst >= done.fidelity.worst else done
+    # With more threads BLAS sums in another order, and the bytes would depend on the number of cores. What is large runs in
+    # onnxruntime, whose sums do not, or in workers.
+    with threadpool_limits(limits=1):
+        done = _compress(source, config, on_layer, scratch, {})
+        if harmed := done.fidelity.harmed(done.prepared.sources, least):
+            left = done.fidelity.layers
+            spared = {name: f"stays float: at its output {left[name]:.1f} dB were left" for name in harmed}
+            other = _compress(source, config, on_layer, scratch, spared)
+            done = other if other.fidelity.worst >= done.fidelity.worst else done
     if config.fail_under is None and (lost := done.fidelity.lost(done.prepared.behind)):
         name, decibels = min(lost.items(), key=lambda pair: pair[1])
         raise ModelError(

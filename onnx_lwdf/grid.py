@@ -13,7 +13,7 @@ adds the two products u8 * s8 in 16 bits (vpmaddubsw), and 255 * 128 is the larg
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -31,6 +31,7 @@ PLACES = (0.0, 0.5, 1.0)
 VECTOR_STEPS, REFITS = 6, 3
 HELD_SHARE = 0.8  # of a run's largest weight, that its first multiplier holds
 REFIT_FACTORS = (0.94, 0.98, 1.02, 1.06)
+AT_ONCE = 2**16  # weights times grids in one pass of the search
 LARGEST_CODE = 127  # of int8, and of its negative too
 MOST_ASYMMETRIC_BITS = 6  # two such codes of any sign add up to 126 at most, within the pair limit of 128
 # A weight with less than this share of its channel's energy met nothing in the samples that would show what it does.
@@ -54,6 +55,11 @@ class WeightGrid:
     def step(self) -> F64:
         """Between two neighbouring values of each weight, [groups, out, in or 1]."""
         return self.scale[..., None] if self.multiplier is None else self.scale[..., None] * self.multiplier
+
+    def of(self, rows: npt.NDArray[np.int64], axis: int) -> WeightGrid:
+        """Of these groups (axis 0), or of these output channels of every group (axis 1)."""
+        multiplier = None if self.multiplier is None else self.multiplier.take(rows, axis)
+        return WeightGrid(self.scale.take(rows, axis), self.low.take(rows, axis), self.bits, multiplier)
 
     def multiplied(self, codes: F64) -> F64:
         """The integers that kernels read in place of the codes, [groups, out, in]."""
@@ -160,22 +166,24 @@ def _search(
     plain = np.maximum(largest, -smallest) / middle.high
     full = (largest - smallest) / steps(bits) if moves else plain
 
-    def grid(scale: F64, low: F64) -> WeightGrid:
-        return WeightGrid(storable(scale, scale_floor), np.clip(low, -steps(bits), 0) if moves else middle.low, bits)
-
-    def placed(scale: F64, place: float) -> WeightGrid:
-        low = smallest + place * (largest - smallest - steps(bits) * scale)
-        return grid(scale, np.rint(low / np.maximum(scale, TINY)))
+    def several(scale: F64, low: F64) -> Iterator[WeightGrid]:
+        """Grids of [..., groups, out], so many at a time that one pass over them is no longer than what it costs to begin."""
+        low = np.clip(low, -steps(bits), 0) if moves else np.broadcast_to(middle.low, low.shape)
+        scale = np.broadcast_to(storable(scale, scale_floor), low.shape).reshape(-1, *weight.shape[:2])
+        low, most = low.reshape(scale.shape), max(1, AT_ONCE // weight.size)
+        for i in range(0, len(scale), most):
+            yield WeightGrid(scale[i : i + most], low[i : i + most], bits)
 
     shares = np.linspace(SMALLEST_SHARE[bits], LARGEST_SHARE if pair_limit is None else 2.0, COARSE_STEPS)
-    coarse = (placed(full * share, place) for share in shares for place in (PLACES if moves else PLACES[:1]))
-    best = _best(weight, importance, pair_limit, [grid(plain, middle.low), *coarse])  # never worse than the plain one
-    moved = np.linspace(-1, 1, FINE_STEPS + 1)[:, None, None] * full * (shares[1] - shares[0]) + best.scale
-    fine = (
-        grid(scale, np.rint(best.low * best.scale / np.maximum(scale, TINY)) + shift)
-        for scale in np.maximum(moved, best.scale / 8)
-        for shift in ((-1, 0, 1) if moves else (0,))
-    )
+    scale = full * shares[:, None, None, None]  # [shares, places, groups, out]
+    places = np.array(PLACES if moves else PLACES[:1])[:, None, None]
+    low = smallest + places * (largest - smallest - steps(bits) * scale)
+    coarse = several(scale, np.rint(low / np.maximum(scale, TINY)))
+    plainest = WeightGrid(storable(plain, scale_floor), middle.low, bits)  # what is found is never worse
+    best = _best(weight, importance, pair_limit, [plainest, *coarse])
+    moved = np.linspace(-1, 1, FINE_STEPS + 1)[:, None, None, None] * full * (shares[1] - shares[0]) + best.scale
+    scale, shifts = np.maximum(moved, best.scale / 8), np.array((-1, 0, 1) if moves else (0,))[:, None, None]
+    fine = several(scale, np.rint(best.low * best.scale / np.maximum(scale, TINY)) + shifts)
     return _best(weight, importance, pair_limit, [best, *fine])
 
 
@@ -230,11 +238,15 @@ def storable(scale: F64, scale_floor: F64) -> F64:
 
 
 def _best(weight: F64, importance: F64, pair_limit: int | None, grids: Iterable[WeightGrid]) -> WeightGrid:
-    """Per output channel the grid of least error; the first of equals."""
+    """Per output channel the grid of least error, the first of equals; of single grids, or of several at a time."""
     best, least = None, np.full(weight.shape[:2], np.inf)
     for grid in grids:
         difference = nearest(weight, grid, pair_limit) * grid.step - weight
-        error = np.einsum("goi,goi->go", difference * difference, importance)
+        error = np.einsum("...goi,goi->...go", difference * difference, importance)
+        if error.ndim > 2:
+            first = np.where(error < np.inf, error, np.inf).argmin(0)[None]
+            error, scale, low = (np.take_along_axis(values, first, 0)[0] for values in (error, grid.scale, grid.low))
+            grid = replace(grid, scale=scale, low=low)
         better = error < least
         least = np.where(better, error, least)
         best = grid if best is None else choose(better, grid, best)

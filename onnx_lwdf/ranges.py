@@ -107,7 +107,9 @@ def _thinned(values: F64, weights: F64) -> tuple[F64, F64]:
     if values.size <= BULK + 2 * TAIL:
         return values, weights
     order = np.argpartition(values, (TAIL, values.size - TAIL))
-    bulk = np.sort(order[TAIL:-TAIL])  # in the order of the samples: a fixed stride through it is a fair draw
+    inside = np.ones(values.size, bool)
+    inside[order[:TAIL]] = inside[order[-TAIL:]] = False
+    bulk = np.flatnonzero(inside)  # in the order of the samples: a fixed stride through it is a fair draw
     step = -(-bulk.size // BULK)
     chosen = np.concatenate([order[:TAIL], bulk[step // 2 :: step], order[-TAIL:]])
     share = weights[bulk].sum() / max(weights[bulk[step // 2 :: step]].sum(), np.finfo(np.float64).tiny)

@@ -2,19 +2,13 @@
 
 from __future__ import annotations
 
-import contextlib
 import os
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 
-from threadpoolctl import threadpool_limits
 
-
-@contextlib.contextmanager
-def workers(jobs: int | None) -> Iterator[ThreadPoolExecutor]:
-    """So many threads, else one for each core that this process may use; BLAS keeps to one in each of them."""
-    with threadpool_limits(limits=1), ThreadPoolExecutor(jobs or cores()) as pool:
-        yield pool
+def workers(jobs: int | None) -> ThreadPoolExecutor:
+    """So many threads, else one for each core that this process may use."""
+    return ThreadPoolExecutor(jobs or cores())
 
 
 def cores() -> int:

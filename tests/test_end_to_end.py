@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import onnx
 import pytest
+from threadpoolctl import threadpool_limits
 
 import onnx_lwdf
 from onnx_lwdf import model_io
@@ -113,6 +114,16 @@ def test_same_bytes_with_any_number_of_jobs_and_in_another_process(tmp_path):
     command = [sys.executable, "-m", "onnx_lwdf", "m.onnx", "-b", "6", "-o", "again.onnx", "-q"]
     subprocess.run(command, cwd=tmp_path, check=True, env={**os.environ, "PYTHONHASHSEED": "7"})
     digests.add(hashlib.sha256((tmp_path / "again.onnx").read_bytes()).hexdigest())
+    assert len(digests) == 1
+
+
+def test_same_bytes_with_any_number_of_threads():
+    source = residual(width=256)  # where narrower ones gave the same bytes anyway
+    digests = set()
+    for threads in (1, 3):  # of BLAS, which has as many as there are cores
+        with threadpool_limits(limits=threads):
+            result = onnx_lwdf.compress(source, **FAST)
+        digests.add(hashlib.sha256(result.model.SerializeToString()).hexdigest())
     assert len(digests) == 1
 
 

@@ -25,6 +25,7 @@ F64 = npt.NDArray[np.float64]
 SMALLEST_RADIUS = 1.5  # pixels; below it a shape is noise, not an edge
 LARGEST_RADIUS = 0.45  # of the shorter side
 SHAPES_PER_PIXEL = 0.02  # covers the canvas several times
+SMALL_REACH = 6  # pixels; up to here shapes are drawn all at once
 MOST_SHAPES = 2048  # larger images have larger shapes in place of more
 COLOUR = 0.3  # how far a shape's channels move from their common grey: photographs are mostly grey
 GRATING = 0.07  # amplitude of the faint texture on the shapes
@@ -88,11 +89,18 @@ def _topmost(height: int, width: int, centre: F64, reach: F64) -> npt.NDArray[np
     top = np.zeros((height, width), np.int64)
     begin = np.maximum(0, centre - reach).astype(int)
     end = np.minimum((height, width), centre + reach + 2).astype(int)
-    for i in range(len(centre)):
-        y = (np.arange(begin[i, 0], end[i, 0]) - centre[i, 0]) / reach[i, 0]
-        x = (np.arange(begin[i, 1], end[i, 1]) - centre[i, 1]) / reach[i, 1]
-        patch = top[begin[i, 0] : end[i, 0], begin[i, 1] : end[i, 1]]
-        patch[(y * y)[:, None] + x * x <= 1] = i
+    small = (reach <= SMALL_REACH).all(1)
+    ids = np.flatnonzero(small)  # most of them, and all at once
+    row, column = (begin[ids, axis, None] + np.arange(2 * SMALL_REACH + 2) for axis in (0, 1))
+    y, x = ((place - centre[ids, axis, None]) / reach[ids, axis, None] for axis, place in enumerate((row, column)))
+    inside = (row < height)[:, :, None] & (column < width)[:, None]
+    leaf, i, j = np.nonzero(((y * y)[:, :, None] + (x * x)[:, None] <= 1) & inside)
+    top[row[leaf, i], column[leaf, j]] = ids[leaf]  # of several the last is what stays
+    for k in np.flatnonzero(~small):
+        y = (np.arange(begin[k, 0], end[k, 0]) - centre[k, 0]) / reach[k, 0]
+        x = (np.arange(begin[k, 1], end[k, 1]) - centre[k, 1]) / reach[k, 1]
+        patch = top[begin[k, 0] : end[k, 0], begin[k, 1] : end[k, 1]]
+        patch[((y * y)[:, None] + x * x <= 1) & (patch < k)] = k
     return top
 
 

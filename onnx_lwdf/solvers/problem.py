@@ -59,6 +59,12 @@ class LayerProblem:
     def prunes(self) -> bool:
         return self.sparsity > 0 or self.nm is not None
 
+    def of(self, rows: npt.NDArray[np.int64], axis: int) -> LayerProblem:
+        """The same of these groups (axis 0), or of these output channels of every group (axis 1), for one block of inputs."""
+        hessian = self.hessian[rows] if axis == 0 else self.hessian
+        weight, floor = self.weight.take(rows, axis), self.scale_floor.take(rows, axis)
+        return replace(self, weight=weight, hessian=hessian, scale_floor=floor)
+
     def thinned(self, rows: int) -> LayerProblem:
         """The same on so many output channels of each group at most, to learn what a choice costs."""
         few = slice(None, None, -(-self.weight.shape[1] // rows))

@@ -23,7 +23,7 @@ def test_the_loss_never_rises(seed: int, bits: int, limited: bool) -> None:
     for start in (gptq.solve(problem), rtn.solve(problem)):
         codes = start.rounding.codes.astype(np.float64)
         grid = WeightGrid(start.rounding.scale, codes.min(-1, initial=0), bits)
-        codes = descent.descend(problem, codes, grid)
+        codes, _ = descent.descend(problem, codes, grid)
         before, after = (
             loss_by_definition(problem.weight, start.rounding.scale[..., None] * c, problem.hessian)
             for c in (start.rounding.codes, codes)
