@@ -28,7 +28,6 @@ from onnx_lwdf.layerwise import Solved
 from onnx_lwdf.runtime import Array, open_session, run
 from onnx_lwdf.statistics import F64, Statistics
 
-MEASURED = 4  # chunks of images: both networks see the same, so that differences show in few
 FEWEST_POSITIONS = 4  # of one sample: the deviation of a few values says nothing
 MOST_CHANGED = 2.0  # of a deviation, up or down: beyond, the channel is noise
 DEAD = 1e-6  # of the mean square: a smaller variance is float32's rounding
@@ -57,7 +56,7 @@ def recalibrate(graph: Graph, solved: Sequence[Solved], statistics: Statistics, 
     ranks = {name: len(shape) for name, shape in shapes.items()}
     exact = _pass(graph, chosen, ranks, known, fed=False)
     compressed = _pass(_compressed(graph, solved), chosen, ranks, known, fed=True)
-    before, after = _totals(exact, compressed, chunks[:MEASURED])
+    before, after = _totals(exact, compressed, chunks)
     return [
         _changed(answer, *before[answer.layer.output], *after[answer.layer.output])
         if answer.layer.output in before
