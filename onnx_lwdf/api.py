@@ -12,6 +12,7 @@ import onnx
 from onnx import numpy_helper
 
 from onnx_lwdf import model_io
+from onnx_lwdf.axis import give_axis, with_axis
 from onnx_lwdf.compress import Compressed, OnLayer, Progress, compress_model
 from onnx_lwdf.config import Config
 from onnx_lwdf.emit import planned_bytes, sparse_initializer
@@ -234,7 +235,8 @@ def inspect(model: str | Path | onnx.ModelProto, config: Config | None = None) -
     config = config or Config()
     source = model_io.read(model)
     with model_io.scratch(source, Path(tempfile.gettempdir()) / model_io.TOOL) as scratch:
-        prepared = prepare(source.model, config, scratch)
+        model, bare = give_axis(source.model)
+        prepared = prepare(model, with_axis(config, model, bare), scratch)
         layers = [_planned(prepared, layer, prepared.config, source.precision.value_bytes) for layer in prepared.layers]
     return _assemble(source, config, prepared, layers, {}, {"path": None, "bytes": None}, prepared.warnings)
 

@@ -14,6 +14,7 @@ from onnx_lwdf.activations.isotropic import isotropic
 from onnx_lwdf.activations.sampler import draw_chunks, synthesize
 from onnx_lwdf.activations.sources import SOURCES
 from onnx_lwdf.activations.taps import Feed, Samples
+from onnx_lwdf.axis import give_axis, take_axis, with_axis
 from onnx_lwdf.batch import fix_batch
 from onnx_lwdf.calibration import calibrate
 from onnx_lwdf.channels.prune import Pruned, prune_channels
@@ -89,6 +90,8 @@ def compress_model(source: Source, config: Config, on_layer: OnLayer, scratch: S
     may be lost: less than 0 dB, too.
     """
     least = min(0.0, config.fail_under or 0.0)
+    model, bare = give_axis(source.model)
+    source, config = replace(source, model=model), with_axis(config, model, bare)
     # With more threads BLAS sums in another order, and the bytes would depend on the number of cores. What is large runs in
     # onnxruntime, whose sums do not, or in workers.
     with threadpool_limits(limits=1):
@@ -98,6 +101,10 @@ def compress_model(source: Source, config: Config, on_layer: OnLayer, scratch: S
             spared = {name: f"stays float: at its output {left[name]:.1f} dB were left" for name in harmed}
             other = _compress(source, config, on_layer, scratch, spared)
             done = other if other.fidelity.worst >= done.fidelity.worst else done
+    if bare:
+        graph = Graph(done.model, scratch)
+        take_axis(graph, bare)
+        done = replace(done, model=graph.model)
     if config.fail_under is None and (lost := done.fidelity.lost(done.prepared.behind)):
         name, decibels = min(lost.items(), key=lambda pair: pair[1])
         raise ModelError(
