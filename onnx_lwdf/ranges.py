@@ -8,6 +8,7 @@ of error^2, rounding and clipping together; min/max ranges waste codes on values
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -16,7 +17,7 @@ import numpy.typing as npt
 F64 = npt.NDArray[np.float64]
 
 FRACTIONS = np.geomspace(1.0, 0.08, 40)  # of the observed bound, coarse
-REFINED = np.linspace(0.94, 1.06, 7)  # around the best, fine
+REFINED = np.linspace(0.94, 1.06, 7)[::-1]  # around the best, fine
 SMALLEST_SCALE = 1e-30  # far above float32's denormals, far below any activation
 ROUNDS = 2  # low and high in turn
 BULK, TAIL = 2**13, 2**11  # values that the search looks at: the bulk is thinned, the tails are kept whole
@@ -84,19 +85,24 @@ def search_grid(
     least, most = max(least, low) if low is not None else least, min(most, high) if high is not None else most
     values, weights = _thinned(values, weights)
 
-    def error(low: float, high: float) -> float:
-        difference = grid_for(low, high, bits, symmetric).quantize(values) - values
-        return float(np.dot(weights, difference**2))
+    total = float(weights.sum())
 
-    best = (error(least, most), least, most)
+    def narrower(ranges: Iterable[tuple[float, float]], least: float) -> Iterator[tuple[float, float, float]]:
+        """Error, low and high of ranges that end nearer and nearer to 0, as long as one may have less error than `least`."""
+        for low, high in ranges:
+            grid = grid_for(low, high, bits, symmetric)
+            error = float(np.dot(weights, (grid.quantize(values) - values) ** 2))
+            yield error, low, high
+            if error - total * (grid.scale / 2) ** 2 > least:  # more is cut off than that, and more will be
+                return
+
+    (best,) = narrower([(least, most)], np.inf)
     for _ in range(ROUNDS):
         for fractions in (FRACTIONS, REFINED):
-            _, low_now, high_now = best
-            highs = [(error(low_now, high_now * f), low_now, high_now * f) for f in fractions if high_now * f <= most]
-            best = min([best, *highs])
+            _, low, high = best
+            best = min([best, *narrower(((low, high * f) for f in fractions if high * f <= most), best[0])])
             if least < 0:
-                lows = [(error(low_now * f, best[2]), low_now * f, best[2]) for f in fractions if low_now * f >= least]
-                best = min([best, *lows])
+                best = min([best, *narrower(((low * f, best[2]) for f in fractions if low * f >= least), best[0])])
         if least >= 0:
             break
     return grid_for(best[1], best[2], bits, symmetric)
