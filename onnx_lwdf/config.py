@@ -8,6 +8,8 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
 from typing import Any
 
+import numpy as np
+
 from onnx_lwdf.activations.sources import SOURCES
 from onnx_lwdf.emit import FLOAT, FORMATS, INTEGER, automatic, refusal
 from onnx_lwdf.errors import OptionError
@@ -58,6 +60,12 @@ def _text(name: str, value: Any) -> str:
     raise OptionError(f"{name} holds {value!r}; it must hold words")
 
 
+def _flag(name: str, value: Any) -> bool:
+    if isinstance(value, (bool, np.bool_)):
+        return bool(value)
+    raise OptionError(f"{name} is {value!r}; it must be True or False")
+
+
 def _several(read: Reader, count: int | None = None) -> Reader:
     def values(name: str, given: Any) -> tuple[Any, ...]:
         listed = None if isinstance(given, (str, Mapping)) or not hasattr(given, "__iter__") else list(given)
@@ -80,6 +88,7 @@ def _named(read: Reader) -> Reader:
 READERS: Mapping[str, Reader] = {
     **dict.fromkeys(("weight_bits", "activation_bits", "vector_size", "jobs", "samples", "seed"), _whole),
     **dict.fromkeys(("sparsity", "channels", "fail_under", "max_size"), _number),
+    **dict.fromkeys(("recalibrate", "keep_first_last", "save_as_external_data"), _flag),
     "bits_for": _named(_whole),
     "sparsity_for": _named(_number),
     "input_shape": _named(_several(_whole)),
@@ -92,6 +101,7 @@ READERS: Mapping[str, Reader] = {
 OPTIONAL = (
     "weight_bits",
     "activation_bits",
+    "keep_first_last",
     "jobs",
     "fail_under",
     "max_size",

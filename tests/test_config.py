@@ -51,6 +51,8 @@ from onnx_lwdf.errors import OptionError
         ({"samples": "8"}, "samples is '8'; it must be a whole number"),
         ({"sparsity": None}, "sparsity is None; it must be a number"),
         ({"max_size": "25%"}, "max-size is '25%'; it must be a number"),
+        ({"recalibrate": "no"}, "recalibrate is 'no'; it must be True or False"),
+        ({"keep_first_last": 1}, "keep-first-last is 1; it must be True or False"),
         ({"nm": "2:4"}, "nm is '2:4'; it must be a list of 2 values"),
         ({"nm": (2, 4, 8)}, "a list of 2 values"),
         ({"input_range": (0,)}, "a list of 2 values"),
