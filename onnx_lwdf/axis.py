@@ -16,12 +16,11 @@ import onnx
 from onnx_lwdf.activations.inputs import find_inputs
 from onnx_lwdf.config import Config
 from onnx_lwdf.errors import ModelError, OptionError
-from onnx_lwdf.graph import Graph, attribute, axes_of, drop_attributes, operator
+from onnx_lwdf.graph import Graph, attribute, axes_of, drop_attributes, operator, set_axes
 from onnx_lwdf.runtime import Array, copy_of, open_session, run
 
 # What these do to values, they do wherever the axes are.
 ELEMENTWISE = {"Add", "Cast", "Clip", "Div", "Identity", "Mul", "Neg", "Sqrt", "Sub"}
-AXES_ARE_INPUTS = 13  # of Unsqueeze, from this operator set on
 TOLERANCE = 1e-5  # of the largest output: nothing is summed in another order
 
 
@@ -61,10 +60,8 @@ def take_axis(graph: Graph, names: Set[str]) -> None:
     """Let these inputs be without the axis again."""
     for name in sorted(names):
         readers = list(graph.consumers[name])
-        if graph.opset < AXES_ARE_INPUTS:
-            batch = graph.add("Unsqueeze", [name], f"{name}.batch", axes=[0])
-        else:
-            batch = graph.add("Unsqueeze", [name, graph.shared_constant(np.array([0], np.int64))], f"{name}.batch")
+        batch = graph.add("Unsqueeze", [name], f"{name}.batch")
+        set_axes(graph, graph.producer[batch], [0])
         graph.reroute(readers, name, batch)
         del _shape(graph.model, name).dim[0]
     graph.commit()
@@ -111,14 +108,12 @@ def _change(graph: Graph, node: onnx.NodeProto, rank: int) -> None:
         node.attribute.append(onnx.helper.make_attribute("perm", [0, *(axis + 1 for axis in order)]))
         return
     others = sorted(axes_of(graph, node))[1:]
-    drop_attributes(node, "axes")
-    del node.input[1:]
-    if not others:
-        node.op_type = "Identity"
-    elif graph.opset < AXES_ARE_INPUTS:
-        node.attribute.append(onnx.helper.make_attribute("axes", others))
+    if others:
+        set_axes(graph, node, others)
     else:
-        node.input.append(graph.shared_constant(np.array(others, np.int64)))
+        node.op_type = "Identity"
+        drop_attributes(node, "axes")
+        del node.input[1:]
 
 
 def _shape(model: onnx.ModelProto, name: str) -> onnx.TensorShapeProto:

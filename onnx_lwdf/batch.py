@@ -16,13 +16,12 @@ import onnx
 
 from onnx_lwdf.activations.inputs import InputSpec
 from onnx_lwdf.errors import ModelError
-from onnx_lwdf.graph import Graph, attribute, axes_of, operator
+from onnx_lwdf.graph import Graph, attribute, axes_of, operator, set_axes
 from onnx_lwdf.runtime import Array, copy_of, open_session, run
 
 TOLERANCE = (
     1e-3  # of the largest output: float32 sums in another order differ by far less, another function by far more
 )
-AXES_ARE_INPUTS = 13  # of Squeeze and Unsqueeze, from this operator set on
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -111,14 +110,12 @@ def _keep_axis(graph: Graph) -> dict[str, Dropped]:
         constant = graph.constant(node.input[1]) if len(node.input) > 1 else None
         dropped[name] = Dropped(onnx.NodeProto.FromString(node.SerializeToString()), constant)
         node.name = name
-        del node.attribute[:]
-        del node.input[1:]
-        if not drops:
-            node.op_type = "Identity"
-        elif graph.opset < AXES_ARE_INPUTS:
-            node.attribute.append(onnx.helper.make_attribute("axes", drops))
+        if drops:
+            set_axes(graph, node, drops)
         else:
-            node.input.append(graph.shared_constant(np.array(drops, np.int64)))
+            node.op_type = "Identity"
+            del node.attribute[:]
+            del node.input[1:]
         bare.update(() if gives else node.output)
     return dropped
 

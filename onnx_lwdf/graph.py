@@ -22,6 +22,7 @@ from onnx_lwdf.errors import ModelError
 from onnx_lwdf.mapped import Scratch, is_mapped, values_of, without_mapped
 from onnx_lwdf.runtime import Array, copy_of, first_line, quiet_sessions
 
+AXES_ARE_INPUTS = 13  # of Squeeze and Unsqueeze, from this operator set on
 LARGE_BYTES = 2**22  # of a value that is read anew from the model each time it is wanted
 
 log = logging.getLogger(__name__)
@@ -308,6 +309,16 @@ def axes_of(graph: Graph, node: onnx.NodeProto) -> list[int]:
     """The axes that a node names, by its attribute or, in later operator sets, its second input; none where that is open."""
     named = graph.constant(node.input[1]) if len(node.input) > 1 else attribute(node, "axes", None)
     return [] if named is None else [int(axis) for axis in named]
+
+
+def set_axes(graph: Graph, node: onnx.NodeProto, axes: Sequence[int]) -> None:
+    """Let a Squeeze or an Unsqueeze name these axes."""
+    drop_attributes(node, "axes")
+    del node.input[1:]
+    if graph.opset < AXES_ARE_INPUTS:
+        node.attribute.append(onnx.helper.make_attribute("axes", axes))
+    else:
+        node.input.append(graph.shared_constant(np.array(axes, np.int64)))
 
 
 def drop_attributes(node: onnx.NodeProto, *names: str) -> None:
