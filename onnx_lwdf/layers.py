@@ -11,6 +11,7 @@ channel), the order in which onnxruntime's integer kernels flatten a filter:
 from __future__ import annotations
 
 import fnmatch
+import itertools
 import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
@@ -125,14 +126,17 @@ def find_layers(graph: Graph, exclude: Iterable[str] = ()) -> tuple[list[Layer],
     """Every Conv, ConvTranspose, Gemm and MatMul, and what else holds weights, once, in graph order, names made unique."""
     layers: list[Layer] = []
     skipped: list[Skipped] = []
-    seen: dict[str, int] = {}
+    given = {node_name(node) for node in graph.nodes}
+    used: set[str] = set()
     for node in graph.nodes:
         skipped.extend(_inner(node))
         if operator(node) not in (*WEIGHTED, *LEFT_ALONE):
             continue
         name = node_name(node)
-        seen[name] = seen.get(name, 0) + 1
-        name = name if seen[name] == 1 else f"{name}#{seen[name]}"
+        if name in used:
+            numbered = (f"{name}#{number}" for number in itertools.count(2))
+            name = next(other for other in numbered if other not in used | given)
+        used.add(name)
         reason = _refusal(graph, node)
         if reason is None and any(matches(pattern, name, operator(node)) for pattern in exclude):
             reason = "excluded"

@@ -350,6 +350,8 @@ def _moved_out(model: onnx.ModelProto, weights: Path) -> onnx.ModelProto:
             else:
                 continue
             refer(tensor, weights.name, file.tell(), file.write(data))
+    if not weights.stat().st_size:
+        weights.unlink()
     return copy
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+from collections import Counter
 from collections.abc import Mapping, Sequence, Set
 from dataclasses import dataclass, replace
 from types import MappingProxyType
@@ -17,7 +19,7 @@ from onnx_lwdf.config import Config
 from onnx_lwdf.emit import oldest_opset, operators
 from onnx_lwdf.errors import ModelError
 from onnx_lwdf.graph import Graph, node_name, operator
-from onnx_lwdf.layers import Bits, Layer, Pruning, Skipped, find_layers, sources
+from onnx_lwdf.layers import WEIGHTED, Bits, Layer, Pruning, Skipped, find_layers, sources
 from onnx_lwdf.mapped import Scratch
 from onnx_lwdf.model_io import fix_initializers, inline_functions, raise_opset
 from onnx_lwdf.plan import plan_bits
@@ -36,6 +38,12 @@ UNNORMALIZED = (
     "the model has no normalization: if the export folded BatchNormalization into the weights, its statistics are lost, "
     "and layers know their inputs from synthetic images alone; export it with BatchNormalization kept"
 )
+CROSSED = "a convolution reads the same tensor along its channels, and this layer along another axis"
+SHARED = (
+    "{} of the model's weights are each read by several layers: every one of these gets codes of its own, which makes "
+    "the file some {:.0%} larger than if they had them together"
+)
+MOST_REPEATED = 0.05  # of all values of weights, that goes without saying
 UNSEEN = "{}; so weights alone were rounded, each on its own, and nothing was verified: try the file where it will run"
 SINGLE = (
     "input {!r} takes one sample at a time, and the graph no more at once: layers know the statistics of single samples alone, "
@@ -81,6 +89,7 @@ def prepare(
     model, note = raise_opset(inline_functions(copy_of(model)), opset, form)
     notes = [note, fix_initializers(model)]
     graph = Graph(model, scratch)
+    notes.append(_repeated(graph))
     statistics = fold(graph)
     fixed = None if unseen else free_batch(graph, find_inputs(graph, config))
     layers, skipped = find_layers(graph, config.exclude)
@@ -88,6 +97,10 @@ def prepare(
     skipped += [_unfit(graph, layer, form) for layer in layers if layer.op not in fit]
     skipped += [_left(graph, layer, spared[layer.name]) for layer in layers if layer.name in spared]
     layers = [layer for layer in layers if layer.op in fit and layer.name not in spared]
+    windowed = {layer.input for layer in layers if layer.window}
+    crossed = [layer for layer in layers if layer.window is None and layer.input in windowed]
+    skipped += [_left(graph, layer, CROSSED) for layer in crossed]
+    layers = [layer for layer in layers if layer not in crossed]
     if not layers:
         reasons = "; ".join(dict.fromkeys(layer.reason for layer in skipped))
         raise ModelError(f"nothing to compress: {reasons or 'the model has no Conv, ConvTranspose, Gemm or MatMul'}")
@@ -135,6 +148,15 @@ def possible(model: onnx.ModelProto, config: Config) -> tuple[Config, str | None
     """What can be done of what was asked, and why the model cannot be run where that is less."""
     unseen = unloadable(model) or unfeedable(model)
     return (config if unseen is None else config.blind(unseen)), unseen
+
+
+def _repeated(graph: Graph) -> str | None:
+    """What weights that several layers read mean for the file."""
+    reads = Counter(node.input[1] for node in graph.nodes if operator(node) in WEIGHTED and len(node.input) > 1)
+    sizes = {name: math.prod(graph.initializers[name].dims) for name in reads if name in graph.initializers}
+    shared = [name for name in sizes if reads[name] > 1]
+    share = sum(sizes[name] * (reads[name] - 1) for name in shared) / max(1, sum(sizes.values()))
+    return SHARED.format(len(shared), share) if share > MOST_REPEATED else None
 
 
 def _normalizes(node: onnx.NodeProto) -> bool:

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 
 import onnx
 
-from onnx_lwdf.graph import Graph, operator
+from onnx_lwdf.graph import Graph, attribute, operator
 from onnx_lwdf.layers import Bits, Layer
 
 REARRANGING = ("MaxPool", "Reshape", "Flatten", "Transpose", "Squeeze", "Unsqueeze", "Slice", "DepthToSpace")
@@ -137,7 +137,17 @@ def _joins(graph: Graph, node: onnx.NodeProto, tensor: str, root: Mapping[str, s
         made_by = node if behind_activation(graph, tensor) == tensor else None
     if made_by is None or operator(made_by) not in JOINING or tensor in graph.outputs:
         return False
-    return all(name in root for name in made_by.input)
+    return has_kernel(made_by) and all(name in root for name in made_by.input)
+
+
+def has_kernel(node: onnx.NodeProto) -> bool:
+    """Whether onnxruntime's integer kernel does what the operator does. Up to 1.32 QLinearAveragePool refuses dilations, and
+    where it rounds the number of windows up and counts the padding, it divides by what lies within the padded image.
+    """
+    if operator(node) != "AveragePool":
+        return True
+    dilated = any(step > 1 for step in attribute(node, "dilations", []))
+    return not dilated and not (attribute(node, "ceil_mode", 0) and attribute(node, "count_include_pad", 0))
 
 
 def _site(graph: Graph, tensors: list[str], bits: int) -> Site:

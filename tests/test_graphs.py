@@ -13,8 +13,10 @@ from onnx import helper
 import onnx_lwdf
 from onnx_lwdf.activations.images import scenes
 from onnx_lwdf.errors import ModelError, OptionError
+from onnx_lwdf.graph import Graph
+from onnx_lwdf.layers import find_layers
 from onnx_lwdf.runtime import Array
-from tests.nets import FAST, answers, residual, sqnr_db, with_weights
+from tests.nets import FAST, answers, residual, samples, sqnr_db, with_weights
 
 IMAGE = "(float[N,3,9,10] x) => (float[N,4,A,B] y)"
 SIZES = {"N": 2, "C": 5, "H": 9, "W": 9, "L": 9, "K": 7}
@@ -460,3 +462,98 @@ def test_every_operator_set(opset):
     result = onnx_lwdf.compress(source, samples=16, jobs=1, input_range=(-4.0, 4.0))
     assert len(result.report.compressed) == 5
     assert_same_answers(source, result.model)
+
+
+OVER_FREQUENCIES = """
+<ir_version: 8, opset_import: ["" : 17]>
+net (float[N,1,16,16] x) => (float[N,5] y) {
+    a = Conv <pads = [1,1,1,1]> (x, w0, b0)
+    r = Relu (a)
+    m = MatMul (r, w1)
+    BESIDE
+    c = Conv (s, w2, b2)
+    p = GlobalAveragePool (c)
+    f = Flatten (p)
+    y = Gemm <transB = 1> (f, w3, b3)
+}
+"""
+
+
+@pytest.mark.parametrize("bits", [8, 6])
+@pytest.mark.parametrize("read_by_both", [False, True])
+def test_a_matmul_over_the_last_axis_is_none_over_the_channels(bits, read_by_both):
+    """As many channels as columns: nothing but the axis tells them apart."""
+    rng = np.random.default_rng(0)
+    beside = "d = Conv (r, w4, b4)\n    s = Add (m, d)" if read_by_both else "s = Relu (m)"
+    text = OVER_FREQUENCIES.replace("BESIDE", beside)
+    model = with_weights(
+        text,
+        {
+            "w0": rng.normal(0, 0.5, (16, 1, 3, 3)),
+            "b0": rng.normal(0.2, 0.5, 16),
+            "w1": rng.normal(0, 0.3, (16, 16)) * np.geomspace(0.1, 1, 16)[:, None],
+            "w2": rng.normal(0, 0.3, (8, 16, 1, 1)),
+            "b2": rng.normal(0, 0.2, 8),
+            "w3": rng.normal(0, 0.5, (5, 8)),
+            "b3": rng.normal(0, 0.1, 5),
+            **({"w4": rng.normal(0, 0.3, (16, 16, 1, 1)), "b4": rng.normal(0, 0.1, 16)} if read_by_both else {}),
+        },
+    )
+    result = onnx_lwdf.compress(model, bits=bits, **FAST)
+    feeds = samples(model, 16)
+    assert sqnr_db(answers(model, feeds)[0], answers(result.model, feeds)[0]) > (30 if bits == 8 else 18)
+    assert [layer.op for layer in result.report.kept] == (["MatMul"] if read_by_both else [])
+
+
+@pytest.mark.parametrize("attributes", ["ceil_mode = 1, count_include_pad = 1, pads = [1,1,1,1]", "dilations = [2,2]"])
+def test_pools_without_an_integer_kernel_stay_what_they_are(attributes):
+    rng = np.random.default_rng(0)
+    text = """
+    <ir_version: 9, opset_import: ["" : 19]>
+    net (float[N,3,16,16] x) => (float[N,5] y) {
+        a = Conv <pads = [1,1,1,1]> (x, w0, b0)
+        r = Relu (a)
+        q = AveragePool <kernel_shape = [3,3], strides = [2,2], ATTRIBUTES> (r)
+        c = Conv (q, w1, b1)
+        p = GlobalAveragePool (c)
+        y = Flatten (p)
+    }
+    """.replace("ATTRIBUTES", attributes)
+    model = with_weights(
+        text,
+        {
+            "w0": rng.normal(0, 0.3, (8, 3, 3, 3)),
+            "b0": rng.normal(3, 0.5, 8),
+            "w1": rng.normal(0, 0.5, (5, 8, 1, 1)),
+            "b1": rng.normal(0, 0.1, 5),
+        },
+    )
+    result = onnx_lwdf.compress(model, **FAST)
+    feeds = samples(model, 16)
+    exact = answers(model, feeds)[0]
+    fused, plain = (answers(result.model, feeds, optimize=optimize)[0] for optimize in (True, False))
+    assert sqnr_db(exact, plain) > 30
+    assert sqnr_db(plain, fused) > 40  # a code on a tie
+
+
+def test_made_up_names_are_nobody_elses():
+    model = residual()
+    convs = [node for node in model.graph.node if node.op_type == "Conv"]
+    for node, name in zip(convs, ["", f"Conv:{convs[0].output[0]}", f"Conv:{convs[0].output[0]}#2"], strict=False):
+        node.name = name
+    layers = find_layers(Graph(model))[0]
+    assert len({layer.name for layer in layers}) == len(layers) == 5
+    assert {convs[1].name, convs[2].name} <= {layer.name for layer in layers}
+    feeds = samples(model)
+    result = onnx_lwdf.compress(model, **FAST)
+    assert sqnr_db(answers(model, feeds)[0], answers(result.model, feeds)[0]) > 20
+
+
+def test_weights_that_several_layers_read_are_named():
+    model = residual()
+    twice = next(node for node in model.graph.node if "w3" in node.input)
+    model.graph.node.append(helper.make_node("Conv", twice.input[:2], ["y2"], name="again", strides=[2, 2]))
+    model.graph.output.append(helper.make_tensor_value_info("y2", onnx.TensorProto.FLOAT, ["N", 6, 7, 7]))
+    assert not [text for text in onnx_lwdf.inspect(residual()).warnings if "several layers" in text]
+    (text,) = [text for text in onnx_lwdf.inspect(model).warnings if "several layers" in text]
+    assert text.startswith("1 of the model's weights are each read")

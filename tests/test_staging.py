@@ -139,3 +139,10 @@ def test_disk_full_in_the_middle(tmp_path, external):
     done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, env=environment, capture_output=True, text=True)
     assert "ModelError: out.onnx: cannot be written: File too large" in done.stderr
     assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
+
+
+def test_external_weights_that_are_too_small_for_a_file_leave_none(tmp_path):
+    model = residual(width=2)
+    write(model, tmp_path / "out.onnx", True)
+    (left,) = list(tmp_path.iterdir())
+    assert onnx.load(left) == model

@@ -18,7 +18,7 @@ import onnx
 from onnx_lwdf.emit.stored import Held, Rounded
 from onnx_lwdf.graph import Graph, operator
 from onnx_lwdf.ranges import ActivationGrid
-from onnx_lwdf.sites import Site, clip_bounds
+from onnx_lwdf.sites import Site, clip_bounds, has_kernel
 
 
 def weight(graph: Graph, stem: str, codes: Held, rounded: Rounded) -> Held:
@@ -49,6 +49,14 @@ def activations(graph: Graph, sites: Sequence[Site], grids: Mapping[str, Activat
         _free_activation(graph, site.tensors[0], grid)
         for tensor in site.tensors:
             _quantize(graph, tensor, grid, signed)
+    for node in [node for node in graph.nodes if not has_kernel(node)]:
+        _keep_float(graph, node.output[0])
+
+
+def _keep_float(graph: Graph, tensor: str) -> None:
+    """Let its maker not be fused with what quantizes it: a Max of one tensor, which optimizers leave, stands between."""
+    if tensor not in graph.outputs:
+        graph.reroute(list(graph.consumers[tensor]), tensor, graph.add("Max", [tensor], f"{tensor}.float"))
 
 
 def _free_activation(graph: Graph, tensor: str, grid: ActivationGrid) -> None:

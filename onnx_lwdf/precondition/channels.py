@@ -159,6 +159,8 @@ def _group(
         if name not in starts and any(id(reader) not in taken for reader in outside):
             return None
     producers, consumers = tuple(writers.values()), tuple(readers.values())
+    if any(layer.op == "MatMul" and not _is_flat(graph, layer.input, producers) for layer in consumers):
+        return None  # it reads along the last axis, whatever that is
     if not (producers or written or norms_written) or not (consumers or read or norms_read):
         return None
     sizes = {
@@ -268,6 +270,17 @@ def _axes(consumers: Sequence[Layer], operators: set[str]) -> set[int]:
     """How many axes follow the channels of what these layers read; those behind a Flatten have lost theirs."""
     flat = [layer for layer in consumers if layer.window is None and "Flatten" not in operators]
     return {len(layer.window.kernel) for layer in consumers if layer.window} | ({0} if flat else set())
+
+
+def _is_flat(graph: Graph, tensor: str, producers: Sequence[Layer]) -> bool:
+    """Whether the channels are the tensor's last axis: it comes through a Flatten, or from a layer that puts out rows."""
+    made_by = {layer.output: layer for layer in producers}
+    while tensor not in made_by:
+        node = graph.producer.get(tensor)
+        if node is None or operator(node) == "Flatten":
+            return node is not None
+        tensor = node.input[0]
+    return made_by[tensor].window is None
 
 
 def _clipped(graph: Graph, layer: Layer) -> bool:

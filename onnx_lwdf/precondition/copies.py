@@ -24,6 +24,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 import numpy.typing as npt
+import onnx
 
 from onnx_lwdf.activations.taps import Feed, Samples, tensor_shapes
 from onnx_lwdf.channels.surgery import correct_shapes, set_groups
@@ -121,6 +122,8 @@ def _path(
             return None
         if any(operator(graph.producer[name]) == "Mul" for name in group.tensors):
             return None  # excited by factors of as many channels as there were
+        if any(_names_sizes(graph.producer[name]) for name in group.tensors):
+            return None
         groups.append(group)
         writers.append(writer)
         for layer in group.consumers:
@@ -132,6 +135,11 @@ def _path(
             else:
                 return None
     return Path(tuple(groups), tuple(writers), tuple(readers))
+
+
+def _names_sizes(node: onnx.NodeProto) -> bool:
+    """Whether a Resize names the sizes of its output, that of the channels among them."""
+    return operator(node) == "Resize" and len(node.input) > 3 and bool(node.input[3])
 
 
 def _made(graph: Graph, path: Path) -> list[str]:

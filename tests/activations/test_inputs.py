@@ -171,6 +171,18 @@ def test_sizes_that_are_open():
         assert (spec.shape, spec.batch) == ((1, 224, 224), None)
 
 
+@pytest.mark.parametrize("width", [1, 3])
+def test_a_series_is_no_image_with_its_channels_last(width):
+    """The layer that reads it tells where the channels are."""
+    text = f"""
+    <ir_version: 8, opset_import: ["" : 17]>
+    net (float[N,16,64,{width}] x) => (float y) {{ y = Conv (x, w) }}
+    """
+    (spec,) = find_inputs(Graph(with_weights(text, {"w": np.ones((4, 16, 3, 1))})), Config())
+    assert not spec.image
+    assert not spec.channels_last
+
+
 WHOLE = """
 <ir_version: 8, opset_import: ["" : 17]>
 net ({kind}[N,{shape}] x) => (float y) {{

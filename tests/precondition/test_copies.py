@@ -66,6 +66,27 @@ def test_a_path_runs_through_depthwise_layers_to_those_that_mix_the_channels():
     assert copies.find_paths(graph, find_groups(graph, layers), {"b": grids["b"]}) == []
 
 
+@pytest.mark.parametrize(("sizes", "paths"), [("scales", 1), (", sizes", 0)])
+def test_a_resize_that_names_sizes_keeps_its_channels(sizes, paths):
+    text = f"""
+    <ir_version: 8, opset_import: ["" : 17]>
+    net (float[1,3,8,8] x) => (float[1,4,16,16] y) {{
+        a = Conv (x, w0, b0)
+        b = Relu (a)
+        c = Resize (b, , {sizes})
+        y = Conv (c, w1, b1)
+    }}
+    """
+    rng = np.random.default_rng(0)
+    shapes = {"w0": (6, 3, 1, 1), "b0": (6,), "w1": (4, 6, 1, 1), "b1": (4,)}
+    tensors = {name: rng.normal(size=shape) for name, shape in shapes.items()}
+    tensors |= {"scales": np.array([1, 1, 2, 2], np.float32), "sizes": np.array([1, 6, 16, 16], np.int64)}
+    graph = Graph(with_weights(text, tensors))
+    groups = find_groups(graph, find_layers(graph)[0])
+    assert len(groups) == 1
+    assert len(copies.find_paths(graph, groups, {"b": ActivationGrid(0.1, 0, 8)})) == paths
+
+
 def test_the_function_stays(monkeypatch):
     monkeypatch.setattr(copies, "MOST_ADDED", 0.5)
     feeds = samples(network())
