@@ -22,7 +22,7 @@ from onnx import external_data_helper, version_converter
 from onnx_lwdf.errors import ModelError
 from onnx_lwdf.mapped import Scratch, anchored, bytes_of, is_mapped, loaded, mappable, refer, values_of, without_mapped
 from onnx_lwdf.precision import FLOAT32, VALUE_BYTES, Precision, widen
-from onnx_lwdf.runtime import PROTOBUF_LIMIT_BYTES, copy_of, first_line, trim
+from onnx_lwdf.runtime import PROTOBUF_LIMIT_BYTES, copy_of, first_line, open_session, trim
 from onnx_lwdf.staging import locked, settle, staging
 
 TOOL = "onnx-lwdf"
@@ -31,6 +31,8 @@ EXTERNAL_BYTES = 1024  # smaller tensors stay in the model's own file
 DIGITS = 12  # of a hash in the name of a file of weights
 # The IR version that onnx 1.x released with an operator set; onnxruntime refuses a file whose IR is newer than itself.
 IR_OF_OPSET: Mapping[int, int] = {9: 4, 11: 6, 13: 7, 18: 8}
+# What the checker says of operators that ONNX withdrew, and onnxruntime still runs: GroupNormalization of opset 18 to 20.
+WITHDRAWN = "is deprecated in domain_version"
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,10 +66,7 @@ def read(source: str | Path | onnx.ModelProto) -> Source:
         result = _read_file(Path(source))
     if provenance(result.model):
         raise ModelError(f"{result.path or 'the model'}: was already compressed by {TOOL}; give it the original model")
-    try:
-        onnx.checker.check_model(_checkable(result))
-    except Exception as error:  # the checker raises ValidationError, and others on broken attributes
-        raise ModelError(f"{result.path or 'the model'}: is not a valid ONNX model: {first_line(error)}") from error
+    _check_valid(result)
     kinds = {tensor.data_type for tensor in result.model.graph.initializer if len(tensor.dims) > 1} & set(VALUE_BYTES)
     if result.mapped and kinds - {onnx.TensorProto.FLOAT}:
         raise ModelError(
@@ -77,6 +76,16 @@ def read(source: str | Path | onnx.ModelProto) -> Source:
     found = replace(result, precision=widen(result.model))
     trim()  # reading and checking take three times what the model does
     return found
+
+
+def _check_valid(source: Source) -> None:
+    """ModelError where onnx's checker refuses the model, unless for an operator that was withdrawn and still runs."""
+    try:
+        onnx.checker.check_model(_checkable(source))
+    except Exception as error:  # the checker raises ValidationError, and others on broken attributes
+        if WITHDRAWN not in str(error) or source.mapped:
+            raise ModelError(f"{source.path or 'the model'}: is not a valid ONNX model: {first_line(error)}") from error
+        open_session(source.model)
 
 
 def _checkable(source: Source) -> onnx.ModelProto | str:

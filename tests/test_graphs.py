@@ -11,6 +11,7 @@ import pytest
 from onnx import helper
 
 import onnx_lwdf
+from onnx_lwdf import model_io
 from onnx_lwdf.activations.images import scenes
 from onnx_lwdf.errors import ModelError, OptionError
 from onnx_lwdf.graph import Graph
@@ -557,3 +558,21 @@ def test_weights_that_several_layers_read_are_named():
     assert not [text for text in onnx_lwdf.inspect(residual()).warnings if "several layers" in text]
     (text,) = [text for text in onnx_lwdf.inspect(model).warnings if "several layers" in text]
     assert text.startswith("1 of the model's weights are each read")
+
+
+def test_an_operator_that_was_withdrawn_and_still_runs(tmp_path):
+    text = """
+    <ir_version: 8, opset_import: ["" : 18]>
+    net (float[N,3,8,8] x) => (float[N,4,8,8] y) {
+        a = Conv (x, w)
+        b = GroupNormalization <num_groups = 2> (a, scale, shift)
+        y = Conv (b, v)
+    }
+    """
+    model = with_weights(text, {"w": W, "v": V, "scale": np.array([1.0, 0.7]), "shift": np.array([0.1, -0.2])})
+    with pytest.raises(onnx.checker.ValidationError, match=model_io.WITHDRAWN):
+        onnx.checker.check_model(model)
+    result = onnx_lwdf.compress(model, tmp_path / "out.onnx", **FAST)
+    feeds = samples(model)
+    assert sqnr_db(answers(model, feeds)[0], answers(result.model, feeds)[0]) > LEAST_DB
+    assert onnx_lwdf.check(tmp_path / "out.onnx") == ()
