@@ -254,6 +254,7 @@ def _gradients(
         return {}
     rng = np.random.default_rng([config.seed, 3])
     rows = {name for layer in layers if layer.window is None for name in (layer.input, layer.output)}
+    rows -= {layer.input for layer in layers if layer.window}
     tensors = [*samples.values, *(layer.output for layer in layers)]
     mixed = {name for group in groups if group.mixed for name in group.tensors}
     found = sensitivities(graph.snapshot(), tensors, mixed, rows, chunks, rng, statistics, SOURCES[config.source])
