@@ -311,6 +311,11 @@ def axes_of(graph: Graph, node: onnx.NodeProto) -> list[int]:
     return [] if named is None else [int(axis) for axis in named]
 
 
+def names_sizes(node: onnx.NodeProto) -> bool:
+    """Whether a Resize names the sizes of what it puts out, that of the channels among them, in place of factors."""
+    return operator(node) == "Resize" and len(node.input) > 3 and bool(node.input[3])
+
+
 def set_axes(graph: Graph, node: onnx.NodeProto, axes: Sequence[int]) -> None:
     """Let a Squeeze or an Unsqueeze name these axes."""
     drop_attributes(node, "axes")

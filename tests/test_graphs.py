@@ -535,6 +535,8 @@ def test_pools_without_an_integer_kernel_stay_what_they_are(attributes):
     fused, plain = (answers(result.model, feeds, optimize=optimize)[0] for optimize in (True, False))
     assert sqnr_db(exact, plain) > 30
     assert sqnr_db(plain, fused) > 40  # a code on a tie
+    weights_alone = onnx_lwdf.compress(model, activation_bits="float", **FAST).model
+    assert "Max" not in {node.op_type for node in weights_alone.graph.node}  # nothing is there to be fused
 
 
 def test_made_up_names_are_nobody_elses():

@@ -213,9 +213,8 @@ def _spec(info: onnx.ValueInfoProto, channels: tuple[int, int] | None, rows: int
     if (batch or 1) * math.prod(shape[1:]) > MOST_VALUES:
         raise OptionError(f"input {info.name!r} of shape {tuple(shape)} is too large to be made up; give --input-shape")
     widths = () if rows else _image_channels(kind.elem_type)
-    behind = (
-        () if channels is not None and channels[0] == 1 else widths
-    )  # no channels are there where a layer reads axis 1
+    # Where a layer reads the channels on axis 1, none are on the last.
+    behind = () if channels is not None and channels[0] == 1 else widths
     image = len(shape) == 4 and (shape[1] in widths or shape[3] in behind)
     last = image and shape[1] not in widths
     return InputSpec(info.name, tuple(shape[1:]), batch, dtype, rows, last, image, None, inferred=False)

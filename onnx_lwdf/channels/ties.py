@@ -18,7 +18,7 @@ import numpy.typing as npt
 import onnx
 
 from onnx_lwdf.activations.taps import Feed, tensor_shapes
-from onnx_lwdf.graph import Graph, attribute, axes_of, node_name, operator
+from onnx_lwdf.graph import Graph, attribute, axes_of, names_sizes, node_name, operator
 from onnx_lwdf.layers import Layer
 
 Ints = npt.NDArray[np.int64]
@@ -189,7 +189,7 @@ def _pad(walk: _Walk, node: onnx.NodeProto) -> bool:
 
 def _resize(walk: _Walk, node: onnx.NodeProto) -> bool:
     """By factors; where it names sizes it would name the number of channels."""
-    return not (len(node.input) > 3 and node.input[3]) and _each(walk, node)
+    return not names_sizes(node) and _each(walk, node)
 
 
 def _reduce(walk: _Walk, node: onnx.NodeProto) -> bool:

@@ -50,13 +50,14 @@ def activations(graph: Graph, sites: Sequence[Site], grids: Mapping[str, Activat
         for tensor in site.tensors:
             _quantize(graph, tensor, grid, signed)
     for node in [node for node in graph.nodes if not has_kernel(node)]:
-        _keep_float(graph, node.output[0])
+        source = graph.producer.get(node.input[0])
+        if source is not None and operator(source) == "DequantizeLinear" and node.output[0] not in graph.outputs:
+            _keep_float(graph, node.output[0])
 
 
 def _keep_float(graph: Graph, tensor: str) -> None:
     """Let its maker not be fused with what quantizes it: a Max of one tensor, which optimizers leave, stands between."""
-    if tensor not in graph.outputs:
-        graph.reroute(list(graph.consumers[tensor]), tensor, graph.add("Max", [tensor], f"{tensor}.float"))
+    graph.reroute(list(graph.consumers[tensor]), tensor, graph.add("Max", [tensor], f"{tensor}.float"))
 
 
 def _free_activation(graph: Graph, tensor: str, grid: ActivationGrid) -> None:

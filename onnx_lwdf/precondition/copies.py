@@ -24,12 +24,11 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 import numpy.typing as npt
-import onnx
 
 from onnx_lwdf.activations.taps import Feed, Samples, tensor_shapes
 from onnx_lwdf.channels.surgery import correct_shapes, set_groups
 from onnx_lwdf.gradients import Sensitivities, strengths
-from onnx_lwdf.graph import Graph, operator
+from onnx_lwdf.graph import Graph, names_sizes, operator
 from onnx_lwdf.layers import Layer, bias_of, committed, is_depthwise, output_axis, set_bias, shape_of
 from onnx_lwdf.precondition.channels import ChannelGroup
 from onnx_lwdf.ranges import F64, ActivationGrid
@@ -122,7 +121,7 @@ def _path(
             return None
         if any(operator(graph.producer[name]) == "Mul" for name in group.tensors):
             return None  # excited by factors of as many channels as there were
-        if any(_names_sizes(graph.producer[name]) for name in group.tensors):
+        if any(names_sizes(graph.producer[name]) for name in group.tensors):
             return None
         groups.append(group)
         writers.append(writer)
@@ -135,11 +134,6 @@ def _path(
             else:
                 return None
     return Path(tuple(groups), tuple(writers), tuple(readers))
-
-
-def _names_sizes(node: onnx.NodeProto) -> bool:
-    """Whether a Resize names the sizes of its output, that of the channels among them."""
-    return operator(node) == "Resize" and len(node.input) > 3 and bool(node.input[3])
 
 
 def _made(graph: Graph, path: Path) -> list[str]:
