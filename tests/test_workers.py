@@ -4,7 +4,6 @@ import os
 import threading
 
 import pytest
-from threadpoolctl import threadpool_info
 
 from onnx_lwdf.workers import cores, workers
 
@@ -17,12 +16,6 @@ def test_as_many_threads_as_asked_or_as_there_are_cores(jobs, expected):
         list(pool.map(lambda _: enough.wait(60), range(expected)))
         with pytest.raises(threading.BrokenBarrierError):
             list(pool.map(lambda _: too_many.wait(0.5), range(expected + 1)))
-
-
-def test_blas_keeps_to_one_thread():
-    with workers(2) as pool:
-        found = pool.submit(threadpool_info).result()
-    assert {library["num_threads"] for library in found if library["user_api"] == "blas"} <= {1}
 
 
 @pytest.mark.skipif(not hasattr(os, "sched_getaffinity"), reason="the system has no affinity")
