@@ -30,6 +30,12 @@ class Curve:
     full: float
 
 
+def summed(curves: Sequence[Curve]) -> Curve:
+    """Of layers that have their zeros at the same places; shares of the sum need not give each a whole number."""
+    costs = tuple(sum(each) for each in zip(*(curve.costs for curve in curves), strict=True))
+    return Curve(sum(curve.size for curve in curves), costs, sum(curve.full for curve in curves))
+
+
 @dataclass(frozen=True, slots=True)
 class _Piece:
     slope: float  # cost of one more zero

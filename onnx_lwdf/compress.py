@@ -45,6 +45,7 @@ from onnx_lwdf.pruning import plan_pruning, share_budget
 from onnx_lwdf.ranges import F64, ActivationGrid
 from onnx_lwdf.recalibration import recalibrate
 from onnx_lwdf.runtime import open_session, trim
+from onnx_lwdf.sharing import codes_of
 from onnx_lwdf.sites import Site, find_sites
 from onnx_lwdf.statistics import Statistics
 from onnx_lwdf.tradeoff import Point, Sizes, choose_bits, expected
@@ -129,12 +130,12 @@ def _compress(
     solved = work.solved
     if config.recalibrate and config.source in RUN_TWICE:
         known = {} if config.source == "data" else work.statistics  # data are what channels shall have, as they are
-        solved = recalibrate(graph, solved, known, chunks)
+        solved = recalibrate(graph, solved, known, chunks, work.codes)
         on_layer(Progress("recalibrate", "", 1, 1))
 
     take_up(graph, work.shifts)
     outputs = {layer.name: layer.output for layer in work.layers}  # by the names that they have in the float model
-    stored = [_stored(graph, answer) for answer in solved]
+    stored = [_stored(graph, answer, work.codes) for answer in solved]
     signed = TARGETS[config.target].signed_activations
     sizes = emit(graph, FORMATS[config.stored_format].store, stored, work.sites, work.grids, signed)
     graph.commit()
@@ -167,6 +168,7 @@ class _Work:
     grids: Mapping[str, ActivationGrid]
     shifts: Mapping[str, F64]  # output of a normalization -> what the grids in front of it add in the mean
     solved: Sequence[Solved]
+    codes: Mapping[str, str]  # layer name -> the layer whose codes or floats it has
     kept: Mapping[str, Mask]  # tensor -> which of its channels remain
     notes: Mapping[str, str]
     tradeoff: tuple[Point, ...]
@@ -176,8 +178,9 @@ def _solve(source: Source, prepared: Prepared, chunks: Sequence[Feed], config: C
     """Synthesize, precondition by what the samples say, and solve. The samples, the largest data of all, end here."""
     graph, layers = prepared.graph, prepared.layers
     if config.source == "none":
-        solved = _answers(prepared, prepared.plan, {}, isotropic(graph, layers), config, on_layer)
-        return _Work(prepared, layers, {}, [], {}, {}, solved, {}, {}, ())
+        codes = codes_of(graph, layers, prepared.plan, prepared.pruning)
+        solved = _answers(prepared, prepared.plan, {}, isotropic(graph, layers), config, codes, on_layer)
+        return _Work(prepared, layers, {}, [], {}, {}, solved, codes, {}, {}, ())
     sites, groups = find_sites(graph, layers, prepared.plan), find_groups(graph, layers)
     tensors = [
         *(layer.input for layer in layers),
@@ -195,9 +198,10 @@ def _solve(source: Source, prepared: Prepared, chunks: Sequence[Feed], config: C
         groups = find_groups(graph, layers)
         prepared = replace(prepared, pruning=plan_pruning(graph, layers, prepared.skipped, config))  # widths changed
         on_layer(Progress("channels", "", 1, 1))
-    sizes = _sizes(source, graph, layers, sites, config)
-    most = config.most_bytes(source.size_bytes)
-    plan = expected(prepared.plan, sizes, most) if config.auto_bits else prepared.plan
+    plan, most = prepared.plan, config.most_bytes(source.size_bytes)
+    if config.auto_bits:
+        codes = codes_of(graph, layers, plan, prepared.pruning)
+        plan = expected(plan, _sizes(source, graph, layers, sites, codes, config), most)
     statistics = pruned.statistics
     pixels = pixel_ranges(graph, prepared.inputs)
     gradients = _gradients(graph, layers, groups, samples, statistics, chunks, config)
@@ -220,15 +224,19 @@ def _solve(source: Source, prepared: Prepared, chunks: Sequence[Feed], config: C
         notes.append(copied.notes)
         limits = pair_limits(graph, layers, plan, grids, config)
         layers, samples, statistics = order_channels(graph, layers, limits, samples, statistics, chunks[0])
-        sizes = _sizes(source, graph, layers, sites, config)
     tradeoff: tuple[Point, ...] = ()
+    prepared = replace(prepared, layers=layers, pruning=pruning)
+    codes = codes_of(graph, layers, plan, pruning)
+    notes.append({name: f"has the weights of {first}" for name, first in codes.items()})
     if config.auto_bits:
+        sizes = _sizes(source, graph, layers, sites, codes, config)
         plan, tradeoff = choose_bits(graph, layers, plan, pruning, grids, samples, chunks[0], sizes, config, most)
         on_layer(Progress("bits", "", 1, 1))
-    shared = replace(prepared, layers=layers, pruning=pruning)
-    solved = _answers(shared, plan, grids, samples, config, on_layer)
+    solved = _answers(prepared, plan, grids, samples, config, codes, on_layer)
     shifts = mean_shifts(graph, grids, samples)
-    return _Work(shared, layers, statistics, sites, grids, shifts, solved, pruned.kept, _joined(notes), tradeoff)
+    return _Work(
+        prepared, layers, statistics, sites, grids, shifts, solved, codes, pruned.kept, _joined(notes), tradeoff
+    )
 
 
 def _joined(notes: Iterable[Mapping[str, str]]) -> dict[str, str]:
@@ -267,23 +275,32 @@ def _answers(
     grids: Mapping[str, ActivationGrid],
     samples: Samples,
     config: Config,
+    codes: Mapping[str, str],
     on_layer: OnLayer,
 ) -> list[Solved]:
     solved: list[Solved] = []
-    for answer in solve_layers(prepared.graph, prepared.layers, plan, prepared.pruning, grids, samples, config):
+    graph, layers, pruning = prepared.graph, prepared.layers, prepared.pruning
+    for answer in solve_layers(graph, layers, plan, pruning, grids, samples, config, codes):
         solved.append(answer)
         on_layer(Progress("solve", answer.layer.name, len(solved), len(prepared.layers)))
     return solved
 
 
-def _sizes(source: Source, graph: Graph, layers: Sequence[Layer], sites: Sequence[Site], config: Config) -> Sizes:
+def _sizes(
+    source: Source,
+    graph: Graph,
+    layers: Sequence[Layer],
+    sites: Sequence[Site],
+    codes: Mapping[str, str],
+    config: Config,
+) -> Sizes:
     noted = onnx.ModelProto()
     add_provenance(noted, source, config.to_dict())
     signed = TARGETS[config.target].signed_activations
-    return Sizes(graph, layers, sites, config.stored_format, config.activations, signed, noted.ByteSize())
+    return Sizes(graph, layers, sites, config.stored_format, config.activations, signed, noted.ByteSize(), codes)
 
 
-def _stored(graph: Graph, answer: Solved) -> Stored:
+def _stored(graph: Graph, answer: Solved, codes_of: Mapping[str, str]) -> Stored:
     """The solution laid out as the model stores weights."""
     layer, solution = answer.layer, answer.solution
     weight = graph.constant(layer.weight)
@@ -298,7 +315,7 @@ def _stored(graph: Graph, answer: Solved) -> Stored:
         if (multiplier := solution.rounding.multiplier) is not None:
             runs = Runs(from_canonical(layer, multiplier, run_shape(layer, weight.shape, size)), 1 - axis, size)
         rounded = Rounded(codes, scale, axis, answer.bits.weight, runs)
-    return Stored(layer, values, rounded, answer.stored_bias, answer.grid)
+    return Stored(layer, values, rounded, answer.stored_bias, answer.grid, codes_of.get(layer.name, ""))
 
 
 def _verification(prepared: Prepared, config: Config) -> list[Feed]:

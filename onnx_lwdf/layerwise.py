@@ -1,7 +1,7 @@
 """Layer by layer, independently: from samples of a layer's input to its stored weight and bias.
 
 Each layer is one problem in arrays: its weight W and H = Cov(x) + E[x] E[x]^T / 10 of its float inputs. Layers do not wait
-for each other.
+for each other; those that share a weight (sharing.py) are one problem.
 The bias takes up the mean error that remains,
 
     b' = b + E[W x] - E[V q(x)],
@@ -14,6 +14,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from types import MappingProxyType
 
 import numpy as np
 
@@ -25,9 +26,19 @@ from onnx_lwdf.grid import LARGEST_CODE, storable
 from onnx_lwdf.layers import ALL, Bits, Layer, Pruning, bias_of, blocks, is_depthwise, shape_of, vectors_of, weight_of
 from onnx_lwdf.ranges import ActivationGrid
 from onnx_lwdf.runtime import trim
+from onnx_lwdf.sharing import factors, joint, readers
 from onnx_lwdf.solvers import SOLVERS
 from onnx_lwdf.solvers.bias import mean_correction
-from onnx_lwdf.solvers.problem import LayerProblem, LayerSolution, Rounding, apart, float_solution, summed, together
+from onnx_lwdf.solvers.problem import (
+    LayerProblem,
+    LayerSolution,
+    Rounding,
+    apart,
+    float_solution,
+    solution,
+    summed,
+    together,
+)
 from onnx_lwdf.workers import workers
 
 F64 = np.ndarray[tuple[int, ...], np.dtype[np.float64]]
@@ -77,22 +88,34 @@ def solve_layers(
     grids: Mapping[str, ActivationGrid],
     samples: Samples,
     config: Config,
+    codes: Mapping[str, str] = MappingProxyType({}),
 ) -> Iterator[Solved]:
-    """Every layer's answer, in order. Layers run in parallel, each on one thread: the bytes do not depend on the jobs."""
+    """Every layer's answer. Layers run in parallel, each on one thread: the bytes do not depend on the jobs.
 
-    def answer(layer: Layer, rows: slice) -> Solved:
+    `codes`: layer name -> the layer whose codes it has. Answers come in the order of the layers, but that these follow those.
+    """
+
+    def answers_of(same: Sequence[Layer], rows: slice) -> list[Solved]:
         # Posed and solved in one go: what a problem holds lives no longer than it must.
-        task = pose(graph, layer, plan[layer.name], pruning[layer.name], grids, samples, config, rows)
-        return _settle(task, _solve(task))
+        tasks = [
+            pose(graph, layer, plan[layer.name], pruning[layer.name], grids, samples, config, rows) for layer in same
+        ]
+        if len(tasks) == 1:
+            return [_settle(tasks[0], _solve(tasks[0]))]
+        by = [_factors(tasks[0], task) for task in tasks]
+        found = _solve(replace(tasks[0], problem=_joint(tasks, by)))
+        return [_settle(task, _times(found, factor, task)) for task, factor in zip(tasks, by, strict=True)]
 
+    sets = readers(layers, codes)
     # Which weights go is chosen among all of a layer.
-    parts = {layer.name: [ALL] if pruning[layer.name].asked else blocks(graph, layer) for layer in layers}
-    pieces = [(layer, rows) for layer in layers for rows in parts[layer.name]]
+    parts = [[ALL] if pruning[first.name].asked else blocks(graph, first) for first, *_ in sets]
+    pieces = [(same, rows) for same, blocks_of in zip(sets, parts, strict=True) for rows in blocks_of]
     with workers(config.jobs) as pool:
         try:
-            answers = pool.map(lambda piece: answer(*piece), pieces)
-            for layer in layers:
-                yield _joined(graph, list(itertools.islice(answers, len(parts[layer.name]))))
+            answers = pool.map(lambda piece: answers_of(*piece), pieces)
+            for blocks_of in parts:
+                for found in zip(*itertools.islice(answers, len(blocks_of)), strict=True):
+                    yield _joined(graph, found)
                 if graph.scratch is not None:  # what the C library keeps of every layer adds up to twice what one needs
                     trim()
         except BaseException:
@@ -188,6 +211,28 @@ def _solve(task: Task) -> LayerSolution:
     if not task.method:
         return float_solution(task.problem, task.problem.weight)
     return SOLVERS[task.method].solve(task.problem)
+
+
+def _factors(first: Task, task: Task) -> F64:
+    """[groups * blocks, out]: how many times the first one's rows the task's are."""
+    problem, blocks = task.problem, task.problem.blocks
+    return np.repeat(factors(together(first.problem.weight, blocks), together(problem.weight, blocks)), blocks, axis=0)
+
+
+def _joint(tasks: Sequence[Task], by: Sequence[F64]) -> LayerProblem:
+    """The problem of the first one's weight on the inputs of all."""
+    first = tasks[0].problem
+    hessian = joint(first.weight, [one.problem.hessian for one in tasks])
+    floor = np.max([one.problem.scale_floor / factor for one, factor in zip(tasks, by, strict=True)], axis=0)
+    return replace(first, hessian=hessian, scale_floor=floor)
+
+
+def _times(found: LayerSolution, factor: F64, task: Task) -> LayerSolution:
+    """The joint problem's answer for one of the tasks."""
+    if found.rounding is None:
+        return replace(float_solution(task.problem, found.weight), notes=found.notes)
+    scale = storable(found.rounding.scale * factor, task.problem.scale_floor)
+    return solution(task.problem, replace(found.rounding, scale=scale), found.notes)
 
 
 def patch_moments(layer: Layer, moments: Moments, mean_share: float) -> tuple[F64, F64]:

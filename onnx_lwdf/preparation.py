@@ -19,7 +19,7 @@ from onnx_lwdf.config import Config
 from onnx_lwdf.emit import oldest_opset, operators
 from onnx_lwdf.errors import ModelError
 from onnx_lwdf.graph import Graph, node_name, operator
-from onnx_lwdf.layers import WEIGHTED, Bits, Layer, Pruning, Skipped, find_layers, sources
+from onnx_lwdf.layers import WEIGHTED, Bits, Layer, Pruning, Skipped, find_layers, shape_of, sources
 from onnx_lwdf.mapped import Scratch
 from onnx_lwdf.model_io import fix_initializers, inline_functions, raise_opset
 from onnx_lwdf.plan import plan_bits
@@ -27,6 +27,7 @@ from onnx_lwdf.precondition.fold import fold
 from onnx_lwdf.precondition.pixels import read_pixels
 from onnx_lwdf.pruning import plan_pruning
 from onnx_lwdf.runtime import copy_of, unloadable
+from onnx_lwdf.sharing import codes_of
 from onnx_lwdf.sites import float_tails
 from onnx_lwdf.statistics import Statistics, origin
 
@@ -39,9 +40,9 @@ UNNORMALIZED = (
     "and layers know their inputs from synthetic images alone; export it with BatchNormalization kept"
 )
 CROSSED = "a convolution reads the same tensor along its channels, and this layer along another axis"
-SHARED = (
-    "{} of the model's weights are each read by several layers: every one of these gets codes of its own, which makes "
-    "the file some {:.0%} larger than if they had them together"
+REPEATED = (
+    "weights that the model holds once for several layers are written for each of them, since folding what follows these "
+    "layers made them differ: the file is some {:.0%} larger for it"
 )
 MOST_REPEATED = 0.05  # of all values of weights, that goes without saying
 UNSEEN = "{}; so weights alone were rounded, each on its own, and nothing was verified: try the file where it will run"
@@ -89,7 +90,7 @@ def prepare(
     model, note = raise_opset(inline_functions(copy_of(model)), opset, form)
     notes = [note, fix_initializers(model)]
     graph = Graph(model, scratch)
-    notes.append(_repeated(graph))
+    repeated = _repeated(graph)
     statistics = fold(graph)
     fixed = None if unseen else free_batch(graph, find_inputs(graph, config))
     layers, skipped = find_layers(graph, config.exclude)
@@ -105,6 +106,7 @@ def prepare(
         reasons = "; ".join(dict.fromkeys(layer.reason for layer in skipped))
         raise ModelError(f"nothing to compress: {reasons or 'the model has no Conv, ConvTranspose, Gemm or MatMul'}")
     plan = plan_bits(graph, layers, skipped, config)
+    notes.append(_not_shared(graph, layers, plan, *repeated))
     pruning = plan_pruning(graph, layers, skipped, config)
     touched = {name for name in plan if config.channels or plan[name].weight is not None or pruning[name].asked}
     idle = [layer for layer in layers if layer.name not in touched]
@@ -150,13 +152,21 @@ def possible(model: onnx.ModelProto, config: Config) -> tuple[Config, str | None
     return (config if unseen is None else config.blind(unseen)), unseen
 
 
-def _repeated(graph: Graph) -> str | None:
-    """What weights that several layers read mean for the file."""
+def _repeated(graph: Graph) -> tuple[int, int]:
+    """Values of weights that the file holds, and how many more it would hold if each layer had its own."""
     reads = Counter(node.input[1] for node in graph.nodes if operator(node) in WEIGHTED and len(node.input) > 1)
     sizes = {name: math.prod(graph.initializers[name].dims) for name in reads if name in graph.initializers}
-    shared = [name for name in sizes if reads[name] > 1]
-    share = sum(sizes[name] * (reads[name] - 1) for name in shared) / max(1, sum(sizes.values()))
-    return SHARED.format(len(shared), share) if share > MOST_REPEATED else None
+    return sum(sizes.values()), sum(size * (reads[name] - 1) for name, size in sizes.items())
+
+
+def _not_shared(
+    graph: Graph, layers: Sequence[Layer], plan: Mapping[str, Bits], held: int, repeated: int
+) -> str | None:
+    """What it means for the file where layers that read one weight no longer share it."""
+    dense = dict.fromkeys(plan, Pruning())
+    first_of = codes_of(graph, layers, plan, dense) if repeated else {}
+    left = repeated - sum(math.prod(shape_of(graph, layer)) for layer in layers if layer.name in first_of)
+    return REPEATED.format(left / held) if left > MOST_REPEATED * held else None
 
 
 def _normalizes(node: onnx.NodeProto) -> bool:

@@ -15,7 +15,7 @@ import numpy as np
 
 from onnx_lwdf.activations.moments import Moments
 from onnx_lwdf.activations.taps import Feed, Samples
-from onnx_lwdf.allocate import SPARSITIES, Curve, allocate
+from onnx_lwdf.allocate import SPARSITIES, Curve, allocate, summed
 from onnx_lwdf.config import Config
 from onnx_lwdf.errors import ModelError
 from onnx_lwdf.graph import Graph
@@ -23,6 +23,7 @@ from onnx_lwdf.influence import influences, relative_loss
 from onnx_lwdf.layers import Bits, Layer, Pruning, Skipped, input_blocks, is_depthwise, matches, shape_of, weight_of
 from onnx_lwdf.layerwise import method_of, patch_moments
 from onnx_lwdf.plan import check_patterns, first_and_last
+from onnx_lwdf.sharing import sharing
 from onnx_lwdf.solvers import SOLVERS, Losses
 from onnx_lwdf.solvers.problem import F64, LayerProblem, apart
 from onnx_lwdf.workers import workers
@@ -76,22 +77,24 @@ def share_budget(
     """The plan with a sparsity of its own for every layer that shares the budget; `feed` are samples of the inputs."""
     if config.nm is not None:
         return _spare(graph, layers, plan, samples, feed, config)
-    sharing = [layer for layer in layers if plan[layer.name].shared]
-    if not sharing:
+    asked = [layer for layer in layers if plan[layer.name].shared]
+    if not asked:
         return dict(plan)
-    influence = influences(graph, sharing, samples.moments, feed)
+    influence = influences(graph, asked, samples.moments, feed)
     losses = SOLVERS[method_of(config, Bits(config.weight_bits, None), pruned=True)].losses
     assert losses is not None, config.method
     with workers(config.jobs) as pool:
-        curves = pool.map(
+        found = pool.map(
             lambda layer: _curve(
                 losses, layer, weight_of(graph, layer), samples.moments[layer.name], influence[layer.name]
             ),
-            sharing,
+            asked,
         )
-        chosen = allocate(list(curves), config.sparsity)
-    own = {layer.name: replace(plan[layer.name], sparsity=s) for layer, s in zip(sharing, chosen, strict=True)}
-    return {**plan, **own}
+        curves = dict(zip((layer.name for layer in asked), found, strict=True))
+    sets = sharing(graph, asked)
+    chosen = allocate([summed([curves[layer.name] for layer in same]) for same in sets], config.sparsity)
+    shares = {layer.name: share for same, share in zip(sets, chosen, strict=True) for layer in same}
+    return {**plan, **{name: replace(plan[name], sparsity=share) for name, share in shares.items()}}
 
 
 def _spare(
@@ -111,14 +114,17 @@ def _spare(
         problem = _sampled(layer, weight_of(graph, layer), samples.moments[layer.name], config.nm)
         return influence[layer.name] * relative_loss(solve(problem).loss, problem.weight, problem.hessian)
 
-    sizes = {layer.name: math.prod(shape_of(graph, layer)) for layer in asked}
     with workers(config.jobs) as pool:
-        costs = {layer.name: cost / sizes[layer.name] for layer, cost in zip(asked, pool.map(cost, asked), strict=True)}
-    left, spared = SPARED * sum(sizes.values()), []
-    for name in sorted(costs, key=lambda name: -costs[name]):
-        if sizes[name] <= left:
-            spared.append(name)
-            left -= sizes[name]
+        costs = dict(zip((layer.name for layer in asked), pool.map(cost, asked), strict=True))
+    sets = sharing(graph, asked)
+    sizes = [len(same) * math.prod(shape_of(graph, same[0])) for same in sets]
+    dear = [sum(costs[layer.name] for layer in same) / size for same, size in zip(sets, sizes, strict=True)]
+    left = SPARED * sum(sizes)
+    spared: list[str] = []
+    for i in sorted(range(len(sets)), key=lambda i: -dear[i]):
+        if sizes[i] <= left:
+            spared.extend(layer.name for layer in sets[i])
+            left -= sizes[i]
     return {**plan, **{name: Pruning(note="dense: costs most for its weights") for name in spared}}
 
 

@@ -7,7 +7,8 @@ already. From the mean m and variance v of what the layer puts out, float (f) an
 
     y' = a y + m_f - a m_c,    a = sqrt(v_f / v_c)
 
-which moves into the layer: its scales and values times a, its bias a b + m_f - a m_c.
+which moves into the layer: its scales and values times a, its bias a b + m_f - a m_c. Layers that have the same floats
+(sharing.py) have one a, the geometric mean of theirs.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from types import MappingProxyType
 
 import numpy as np
 import onnx
@@ -26,6 +28,7 @@ from onnx_lwdf.graph import Graph
 from onnx_lwdf.layers import change_weight, find_layers, set_bias
 from onnx_lwdf.layerwise import Solved
 from onnx_lwdf.runtime import Array, open_session, run
+from onnx_lwdf.sharing import readers
 from onnx_lwdf.statistics import F64, Statistics
 
 FEWEST_POSITIONS = 4  # of one sample: the deviation of a few values says nothing
@@ -42,10 +45,17 @@ class _Pass:
     fed: Mapping[str, tuple[str, str]]  # tensor -> the inputs that say what mean and deviation it goes on with
 
 
-def recalibrate(graph: Graph, solved: Sequence[Solved], statistics: Statistics, chunks: Sequence[Feed]) -> list[Solved]:
+def recalibrate(
+    graph: Graph,
+    solved: Sequence[Solved],
+    statistics: Statistics,
+    chunks: Sequence[Feed],
+    codes: Mapping[str, str] = MappingProxyType({}),
+) -> list[Solved]:
     """The answers with every convolution's channels as they are in the float network. `graph` holds that, unchanged.
 
     `statistics` are what tensors of the float network are known to have; the others have what they have on the chunks.
+    `codes`: layer name -> the layer whose codes or floats it has.
     """
     inner = [answer.layer for answer in solved if answer.layer.window and answer.layer.output not in graph.outputs]
     known = {name: value for name, value in statistics.items() if name not in graph.outputs}
@@ -57,12 +67,26 @@ def recalibrate(graph: Graph, solved: Sequence[Solved], statistics: Statistics, 
     exact = _pass(graph, chosen, ranks, known, fed=False)
     compressed = _pass(_compressed(graph, solved), chosen, ranks, known, fed=True)
     before, after = _totals(exact, compressed, chunks)
-    return [
-        _changed(answer, *before[answer.layer.output], *after[answer.layer.output])
-        if answer.layer.output in before
-        else answer
-        for answer in solved
-    ]
+    factors = {
+        name: factor_of(*before[tensor], *after[tensor])
+        for name, tensor in ((answer.layer.name, answer.layer.output) for answer in solved)
+        if tensor in before
+    }
+    for same in readers([answer.layer for answer in solved if answer.solution.rounding is None], codes):
+        if len(same) > 1:
+            own = [factors[layer.name] for layer in same if layer.name in factors]
+            common = np.exp(np.mean(np.log(own), axis=0)) if len(own) == len(same) else np.ones(1)
+            factors |= dict.fromkeys((layer.name for layer in same if layer.name in factors), common)
+
+    def changed(answer: Solved) -> Solved:
+        name, tensor = answer.layer.name, answer.layer.output
+        if name not in factors:
+            return answer
+        (mean, _), (mean_now, _) = before[tensor], after[tensor]
+        factor = np.broadcast_to(factors[name], mean.shape)
+        return answer.scaled(factor, mean - factor * mean_now)
+
+    return [changed(answer) for answer in solved]
 
 
 def _compressed(graph: Graph, solved: Sequence[Solved]) -> Graph:
@@ -141,9 +165,8 @@ def _measure(session: ort.InferenceSession, one: _Pass, feed: Mapping[str, Array
     return {tensor: (values[mean], values[variance]) for tensor, (mean, variance) in one.measured.items()}
 
 
-def _changed(answer: Solved, mean: F64, variance: F64, mean_now: F64, variance_now: F64) -> Solved:
-    """The answer with the channels' factors and shifts in it; all [channels]."""
+def factor_of(mean: F64, variance: F64, mean_now: F64, variance_now: F64) -> F64:
+    """The a of the formula, 1 of dead channels; all [channels]."""
     alive = (variance > DEAD * (variance + mean**2)) & (variance_now > DEAD * (variance_now + mean_now**2))
     ratio = np.sqrt(np.divide(variance, variance_now, out=np.ones_like(variance), where=alive))
-    factor = np.clip(ratio, 1 / MOST_CHANGED, MOST_CHANGED)
-    return answer.scaled(factor, mean - factor * mean_now)
+    return np.clip(ratio, 1 / MOST_CHANGED, MOST_CHANGED)

@@ -26,6 +26,7 @@ from onnx_lwdf.knapsack import knapsack
 from onnx_lwdf.layers import Bits, Layer, Pruning, vectors_of
 from onnx_lwdf.layerwise import Task, patch_moments, pose
 from onnx_lwdf.ranges import ActivationGrid
+from onnx_lwdf.sharing import readers
 from onnx_lwdf.sites import Site
 from onnx_lwdf.solvers import SOLVERS
 from onnx_lwdf.solvers.problem import LayerProblem, channel_loss
@@ -61,10 +62,11 @@ class Sizes:
     activations: str
     signed: bool
     extra: int  # bytes of the provenance
+    codes: Mapping[str, str]  # layer name -> the layer whose codes it has
 
     def of_file(self, plan: Plan) -> int:
         """Bytes of the file."""
-        return self.extra + file_bytes(self.graph, self.form, self.layers, plan, self.sites, self.signed)
+        return self.extra + file_bytes(self.graph, self.form, self.layers, plan, self.sites, self.signed, self.codes)
 
     def of_weight(self, layer: Layer, bits: Bits) -> int:
         """Bytes that the layer's codes add to it."""
@@ -104,7 +106,8 @@ def choose_bits(
     if not any(influence.values()):  # no output is a real number, or nothing reaches one
         influence = dict.fromkeys(influence, 1.0)
     floor, share = grid_noise(graph, layers, plan, sizes.sites, grids, samples, [feed], config)
-    bits = [list(BITS) if plan[layer.name].free else [plan[layer.name].weight or BITS.stop] for layer in layers]
+    sets = readers(layers, sizes.codes)
+    bits = [list(BITS) if plan[first.name].free else [plan[first.name].weight or BITS.stop] for first, *_ in sets]
 
     def curve(layer: Layer, row: Sequence[int]) -> list[float]:
         task = pose(
@@ -113,36 +116,39 @@ def choose_bits(
         return [influence[layer.name] * error for error in _errors(task, row, samples.moments[layer.name])]
 
     with workers(config.jobs) as pool:
-        noises = list(pool.map(curve, layers, bits))
-    choices = _Choices(plan, sizes, bits, noises, floor, share)
+        curves = [[pool.submit(curve, layer, row) for layer in same] for same, row in zip(sets, bits, strict=True)]
+        noises = [np.sum([found.result() for found in of], axis=0).tolist() for of in curves]
+    choices = _Choices(plan, sizes, sets, bits, noises, floor, share)
     answer = choices.within(most) if most is not None else choices.holding(config.fail_under or 0.0)
     return choices.plan_of(answer), choices.front(answer)
 
 
 class _Choices:
-    """What bits each layer may have, what they cost and what they take; a solution is one index for each layer."""
+    """What bits layers may have, what they cost and what they take; a solution is one index for those that share codes."""
 
     def __init__(
         self,
         plan: Plan,
         sizes: Sizes,
+        sets: Sequence[Sequence[Layer]],
         bits: Sequence[Sequence[int]],
         noises: Sequence[Sequence[float]],
         floor: float,
         share: float,
     ) -> None:
-        """bits, noises [layers][choices]; floor: the noise that is there in any case; share: of power in dB's terms."""
-        self._plan, self._sizes, self._bits, self._noises = plan, sizes, bits, noises
+        """bits, noises [sets][choices]; floor: the noise that is there in any case; share: of power in dB's terms."""
+        self._plan, self._sizes, self._sets, self._bits, self._noises = plan, sizes, sets, bits, noises
         self._floor, self._share = floor, share
         self._widths = [
-            [sizes.of_weight(layer, replace(plan[layer.name], weight=width)) for width in row]
-            for layer, row in zip(sizes.layers, bits, strict=True)
+            [sizes.of_weight(first, replace(plan[first.name], weight=width)) for width in row]
+            for (first, *_), row in zip(sets, bits, strict=True)
         ]
         self._rest: dict[frozenset[int], int] = {}  # bits that there are -> bytes beside the codes
 
     def plan_of(self, chosen: Sequence[int]) -> Plan:
-        layers = zip(self._sizes.layers, self._bits, chosen, strict=True)
-        return {**self._plan, **{of.name: replace(self._plan[of.name], weight=row[i]) for of, row, i in layers}}
+        sets = zip(self._sets, self._bits, chosen, strict=True)
+        widths = {layer.name: row[i] for same, row, i in sets for layer in same}
+        return {**self._plan, **{name: replace(self._plan[name], weight=width) for name, width in widths.items()}}
 
     def within(self, most: int) -> list[int]:
         """The least noise whose file fits; the smallest file where none does."""

@@ -552,16 +552,6 @@ def test_made_up_names_are_nobody_elses():
     assert sqnr_db(answers(model, feeds)[0], answers(result.model, feeds)[0]) > 20
 
 
-def test_weights_that_several_layers_read_are_named():
-    model = residual()
-    twice = next(node for node in model.graph.node if "w3" in node.input)
-    model.graph.node.append(helper.make_node("Conv", twice.input[:2], ["y2"], name="again", strides=[2, 2]))
-    model.graph.output.append(helper.make_tensor_value_info("y2", onnx.TensorProto.FLOAT, ["N", 6, 7, 7]))
-    assert not [text for text in onnx_lwdf.inspect(residual()).warnings if "several layers" in text]
-    (text,) = [text for text in onnx_lwdf.inspect(model).warnings if "several layers" in text]
-    assert text.startswith("1 of the model's weights are each read")
-
-
 def test_an_operator_that_was_withdrawn_and_still_runs(tmp_path):
     text = """
     <ir_version: 8, opset_import: ["" : 18]>

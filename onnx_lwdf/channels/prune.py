@@ -18,6 +18,7 @@ from onnx_lwdf.channels.ties import Ties, ties_of
 from onnx_lwdf.errors import ModelError
 from onnx_lwdf.graph import Graph
 from onnx_lwdf.layers import Layer, output_channels, weight_of
+from onnx_lwdf.sharing import joint, sharing
 from onnx_lwdf.solvers.problem import F64
 from onnx_lwdf.statistics import ChannelStatistics, Statistics
 from onnx_lwdf.workers import workers
@@ -57,7 +58,8 @@ def prune_channels(
     total = sum(len(group.units) for group in free)
     budget = int(share * total)
     sources = pooled_sources(graph, layers)
-    spreads = {layer.name: spread(layer, samples, sources) for layer in layers if layer.groups == 1}
+    full = [layer for layer in layers if layer.groups == 1]
+    spreads = _joint(graph, full, {layer.name: spread(layer, samples, sources) for layer in full})
     paths = _eliminate_all(graph, free, spreads, budget, jobs)
     means = {name: samples.moments[name].mean[0] for name in spreads}
     effects = sensitivities(graph, free, paths, means, spreads, feed)
@@ -78,6 +80,18 @@ def prune_channels(
     notes = {item.layer.name: _note(item, before[item.layer.name], _reason(item.layer, ties, stay)) for item in done}
     known = {name: _only(value, remaining.get(name)) for name, value in statistics.items()}
     return Pruned([item.layer for item in done], smaller, known, remaining, notes)
+
+
+def _joint(graph: Graph, layers: Sequence[Layer], spreads: Mapping[str, F64]) -> dict[str, F64]:
+    """The same for all layers that share a weight, so that they share it when they are re-fitted."""
+    found = dict(spreads)
+    for same in sharing(graph, layers):
+        if len(same) > 1:
+            rows = weight_of(graph, same[0]).reshape(1, -1, len(spreads[same[0].name]))
+            found |= dict.fromkeys(
+                (one.name for one in same), joint(rows, [spreads[one.name][None] for one in same])[0]
+            )
+    return found
 
 
 def _only(value: ChannelStatistics, kept: Mask | None) -> ChannelStatistics:

@@ -5,6 +5,7 @@ of its input to channel c of its output; a join ties its operands, a Concat ties
 ties what it reads to what it writes. A full convolution or Gemm ties nothing: it ends one set of channels and begins
 another. A connected component is a unit: it goes as a whole or not at all. What an operator outside the table touches
 stays, and so does what the model puts out.
+Layers that share a weight (sharing.py) are tied where they read and where they write, so that they share it still.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ import onnx
 from onnx_lwdf.activations.taps import Feed, tensor_shapes
 from onnx_lwdf.graph import Graph, attribute, axes_of, names_sizes, node_name, operator
 from onnx_lwdf.layers import Layer
+from onnx_lwdf.sharing import sharing
 
 Ints = npt.NDArray[np.int64]
 Shapes = Mapping[str, tuple[int, ...]]
@@ -70,6 +72,10 @@ def tie_channels(graph: Graph, layers: Sequence[Layer], shapes: Shapes, most: fl
             rule = RULES.get(operator(node), _refuse)
             if not rule(walk, node):
                 _refuse(walk, node)
+    for first, *others in sharing(graph, layers):
+        for layer in others:
+            for pair in zip((first.input, first.node.output[0]), (layer.input, layer.node.output[0]), strict=True):
+                walk.tie_tensors(*pair)
     return walk.ties()
 
 
@@ -103,6 +109,11 @@ class _Walk:
     def tie(self, a: Ints, b: Ints) -> bool:
         self.edges.append((a, b))
         return True
+
+    def tie_tensors(self, first: str, other: str) -> None:
+        """Channel by channel, where both are followed."""
+        if first in self.first and other in self.first:
+            self.tie(self.vertices(first), self.vertices(other))
 
     def keep(self, tensor: str, reason: str) -> None:
         if tensor in self.first:

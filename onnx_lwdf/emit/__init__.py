@@ -106,14 +106,17 @@ def emit(
 ) -> dict[str, int]:
     """Write the layers' weights and biases, and Q-DQ pairs at every tensor of the sites.
 
-    Answers layer name -> the bytes of data that hold its weight. Without sites, activations stay float.
+    Answers layer name -> the bytes of data that hold its weight, its own or with others. Without sites, activations stay float.
     """
     here = {id(node) for node in graph.nodes}
     for stored in layers:  # found before the last commit they would be written to nodes that are no part of the file
         assert id(stored.layer.node) in here, stored.layer.name
     sizes: dict[str, int] = {}
-    for stored, values in zip(layers, _held(graph, store, [_values(stored) for stored in layers]), strict=True):
-        weight = _scaled(graph, values, stored)
+    own = [stored for stored in layers if not stored.codes_of]
+    found = _held(graph, store, [_values(stored) for stored in own])
+    held = {stored.layer.name: values for stored, values in zip(own, found, strict=True)}
+    for stored in layers:
+        weight = _scaled(graph, held[stored.codes_of or stored.layer.name], stored)
         graph.connect(stored.layer.node, 1, weight.tensor)
         _bias(graph, stored)
         sizes[stored.layer.name] = weight.bytes
@@ -153,10 +156,11 @@ def file_bytes(
     plan: Mapping[str, Bits],
     sites: Sequence[Site],
     signed: bool,
+    codes: Mapping[str, str],
 ) -> int:
     """The bytes of the file with these layers at these bits, before anything is solved; at most, where zeros shrink it.
 
-    Codes and grids stand in for the true ones, which have the same size.
+    Codes and grids stand in for the true ones, which have the same size. `codes`: layer name -> the layer whose codes it has.
     """
     twin, names = graph.twin(), {layer.name for layer in layers}
     stored = []
@@ -167,7 +171,9 @@ def file_bytes(
         assert weight is not None, layer.name
         rounded = _blank(layer, weight.shape, bits)
         grid = None if bits.activation is None else ActivationGrid(1.0, 1, bits.activation)
-        stored.append(Stored(layer, None, rounded, np.ones(output_channels(twin, layer)), grid))
+        stored.append(
+            Stored(layer, None, rounded, np.ones(output_channels(twin, layer)), grid, codes.get(layer.name, ""))
+        )
     grids = {site.tensors[0]: ActivationGrid(1.0, 1, site.bits) for site in sites}
     emit(twin, FORMATS[name].store, stored, sites, grids, signed)
     twin.commit()

@@ -49,6 +49,7 @@ class Stored:
     rounded: Rounded | None  # the weight as codes; None: its values are float
     bias: npt.NDArray[np.float64]  # [out]
     grid: ActivationGrid | None  # of the input; None: the input is float
+    codes_of: str = ""  # the layer whose codes or floats these are, where they are written once for several
 
     @property
     def shape(self) -> tuple[int, ...]:

@@ -26,7 +26,7 @@ allow and the gate tells apart.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 
@@ -64,8 +64,8 @@ def candidates(
     if group.written or group.read:
         return _filled(group, spans)
     if group.ceiling is not None:
-        (writer,) = group.producers
-        return _stretched(group, group.ceiling, samples, statistics.get(writer.output), highest(graph, writer, pixels))
+        reaches = [_reach(statistics.get(one.output), highest(graph, one, pixels)) for one in group.producers]
+        return _stretched(group, group.ceiling, samples, [reach for reach in reaches if reach is not None])
     if not group.plain:
         return _scaled(graph, group, samples, answers)
     return _even(graph, group, samples, answers)
@@ -125,19 +125,23 @@ def _diagonals(power: F64, sensitivity: F64, shift: Mapping[str, F64]) -> list[T
     return [diagonal(factor / np.exp(np.log(factor).mean()), shift) for factor in factors]
 
 
-def _stretched(
-    group: ChannelGroup, ceiling: float, samples: Samples, known: ChannelStatistics | None, bound: F64
-) -> list[Transform]:
-    """Every channel fills the range up to the Clip's ceiling; what the samples hold is never cut.
+def _reach(known: ChannelStatistics | None, bound: F64) -> F64 | None:
+    """Where the channels of a producer end, [channels]; None where BatchNormalization is not stored.
 
     bound [channels]: what no channel exceeds, whatever the image.
-
-    Nothing where BatchNormalization is not stored: samples of rare activations end far below these.
     """
-    if known is None or known.far is None:
+    return None if known is None or known.far is None else np.minimum(known.mean + known.far, bound)
+
+
+def _stretched(group: ChannelGroup, ceiling: float, samples: Samples, reaches: Sequence[F64]) -> list[Transform]:
+    """Every channel fills the range up to the Clip's ceiling; what the samples hold is never cut.
+
+    Nothing where a producer's reach is not known: samples of rare activations end far below these.
+    """
+    if len(reaches) < len(group.producers):
         return []
-    seen = np.max([samples.values[reader.input].max(1) for reader in group.consumers], axis=0)
-    reach = np.maximum(np.minimum(known.mean + known.far, bound), seen)
+    seen = [samples.values[reader.input].max(1) for reader in group.consumers]
+    reach = np.max([*reaches, *seen], axis=0)
     alive = reach > ceiling / MOST_STRETCHED
     factor = ceiling / np.where(alive, np.minimum(reach, ceiling), ceiling)
     return [diagonal(factor, ceiling=ceiling)]

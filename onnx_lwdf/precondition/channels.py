@@ -10,6 +10,7 @@ So does a BatchNormalization that no layer could take up: its parameters take th
 Where a Mul joins a tensor with what was computed from it (squeeze and excitation), its channels may still be multiplied.
 
 A Concat lines up channels of its inputs: behind it, and in front of it, tensors hold some of a group's channels each.
+Layers that share a weight (sharing.py) read one set of channels and write one, so that they share it still.
 """
 
 from __future__ import annotations
@@ -26,10 +27,12 @@ from onnx_lwdf.gates import Gate, find_gates
 from onnx_lwdf.graph import Graph, attribute, operator
 from onnx_lwdf.layers import Layer, input_channels, output_channels
 from onnx_lwdf.precondition.norms import Norm, find_norms
+from onnx_lwdf.sharing import sharing
 from onnx_lwdf.sites import ahead, clip_bounds
 
 LINEAR = ("Add", "AveragePool", "GlobalAveragePool", "Flatten", "Resize", "Upsample")
 HOMOGENEOUS = (*LINEAR, "Relu", "LeakyRelu", "MaxPool")
+JOINS = ("Add", "Concat", "Mul")
 MOST_CHANNELS = 1024  # of a matrix transform: it costs channels^3
 
 Indices = npt.NDArray[np.int64]
@@ -46,12 +49,13 @@ class ChannelGroup:
     consumers: tuple[Layer, ...]
     channels: int
     centred: bool  # nothing but linear operators between those that write and those that read: means may be moved
-    ceiling: float | None = None  # c of the Clip(0, c) behind the one producer
+    ceiling: float | None = None  # c of the Clip(0, c) behind each producer
     written: tuple[Gate, ...] = ()  # gates that put out one of the tensors
     read: tuple[Gate, ...] = ()  # gates that read one
     norms_written: tuple[Norm, ...] = ()  # normalizations that put out one
     norms_read: tuple[Norm, ...] = ()  # normalizations that read one
     places: Mapping[str, Indices] = field(default_factory=dict)  # tensor -> its channels' places, beside a Concat
+    joined: bool = False  # some tensors are made of what several producers put out
 
     @property
     def plain(self) -> bool:
@@ -114,6 +118,10 @@ def _connected(graph: Graph, layers: Sequence[Layer], gates: Sequence[Gate], nor
                 root[find(name)] = find(node.output[0])
         elif (signal := excited(graph, node)) is not None:
             root[find(signal)] = find(node.output[0])
+    for first, *others in sharing(graph, layers):
+        for layer in others:
+            root[find(layer.input)] = find(first.input)
+            root[find(layer.output)] = find(first.output)
     for name in (made.output for kind in (layers, gates, norms) for made in kind):
         find(name)
     groups: dict[str, list[str]] = defaultdict(list)
@@ -186,12 +194,15 @@ def _group(
         return None
     if (norms_written or norms_read) and (gated or ceilings):
         return None
-    if ceilings and (gated or not (len(ceilings) == len(producers) == 1 and _clipped(graph, producers[0]))):
+    joined = len(producers) > 1 and not operators.isdisjoint(JOINS)
+    if ceilings and (gated or joined or len(set(ceilings)) > 1 or len(ceilings) != len(producers)):
+        return None
+    if ceilings and not all(_clipped(graph, layer) for layer in producers):
         return None
     ceiling = ceilings[0] if ceilings else None
     centred = operators <= {*LINEAR, "Concat"} and not gated
     beside = (written, read, norms_written, norms_read)
-    return ChannelGroup(tuple(tensors), producers, consumers, channels, centred, ceiling, *beside, places)
+    return ChannelGroup(tuple(tensors), producers, consumers, channels, centred, ceiling, *beside, places, joined)
 
 
 def _widths(graph: Graph, layers: Sequence[Layer], gates: Sequence[Gate], norms: Sequence[Norm]) -> dict[str, int]:

@@ -47,7 +47,9 @@ class Path:
     """A set of channels from the layer that makes them, through depthwise layers, to those that mix them."""
 
     groups: tuple[ChannelGroup, ...]
-    writers: tuple[Layer, ...]  # the one that makes the channels, then the depthwise ones
+    writers: tuple[
+        Layer, ...
+    ]  # those that make the channels (several where they share a weight), then the depthwise ones
     readers: tuple[Layer, ...]  # all others
 
     @property
@@ -103,32 +105,38 @@ def copy_channels(
 
 def find_paths(graph: Graph, groups: Sequence[ChannelGroup], grids: Mapping[str, ActivationGrid]) -> list[Path]:
     """Every path whose writers have a bias and put out, behind their activation, a tensor with a grid."""
-    by_writer = {group.producers[0].name: group for group in groups if len(group.producers) == 1 and group.plain}
-    found = (_path(graph, group, by_writer, grids) for group in by_writer.values())
+    groups = [group for group in groups if group.producers and group.plain and not group.joined]
+    by_writer = {layer.name: group for group in groups for layer in group.producers}
+    found = (_path(graph, group, by_writer, grids) for group in groups)
     return [path for path in found if path is not None]
 
 
 def _path(
     graph: Graph, first: ChannelGroup, by_writer: Mapping[str, ChannelGroup], grids: Mapping[str, ActivationGrid]
 ) -> Path | None:
-    if first.producers[0].groups > 1:
+    if any(layer.groups > 1 for layer in first.producers):
         return None
-    groups, writers, readers, waiting = [], [], [], [first]
+    groups: list[ChannelGroup] = []
+    writers: list[Layer] = []
+    readers: list[Layer] = []
+    waiting = [first]
     while waiting:
         group = waiting.pop()
-        (writer,) = group.producers
-        if not group.plain or writer.bias is None or behind_activation(graph, writer.output) not in grids:
+        if any(layer.bias is None or behind_activation(graph, layer.output) not in grids for layer in group.producers):
             return None
         if any(operator(graph.producer[name]) == "Mul" for name in group.tensors):
             return None  # excited by factors of as many channels as there were
         if any(names_sizes(graph.producer[name]) for name in group.tensors):
             return None
         groups.append(group)
-        writers.append(writer)
+        writers.extend(group.producers)
         for layer in group.consumers:
             behind = by_writer.get(layer.name)
             if is_depthwise(graph, layer) and behind is not None and behind.channels == first.channels:
-                waiting.append(behind)
+                if not any(
+                    behind is one for one in (*groups, *waiting)
+                ):  # of layers that share a weight the first has led there
+                    waiting.append(behind)
             elif layer.groups == 1 and layer.op != "ConvTranspose":
                 readers.append(layer)
             else:
