@@ -88,8 +88,14 @@ def _no_pixels(graph: object, layers: Sequence[Any], plan: object, inputs: Seque
     return layers, inputs
 
 
-def _not_stretched(group: object, ceiling: float, samples: object, known: object, bound: object) -> list[Transform]:
+def _not_stretched(group: object, ceiling: float, samples: object, reaches: object) -> list[Transform]:
     return []
+
+
+def _own_steps(
+    graph: object, sites: object, grids: Mapping[str, ActivationGrid], gradients: object, fixed: object
+) -> Mapping[str, ActivationGrid]:
+    return grids
 
 
 UNWIDENED: Replacement = (calibration, "REACH", 1.0)
@@ -98,7 +104,8 @@ UNCORRECTED: Replacement = (layerwise, "mean_correction", _no_correction)
 LOCAL: Replacement = (STEPS, "sensitivities", _no_gradients)
 UNORDERED: Replacement = (STEPS, "order_channels", _no_order)
 NORMALIZED: Replacement = (preparation, "read_pixels", _no_pixels)
-OLDER: Sequence[Replacement] = (LOCAL, UNORDERED, NORMALIZED)  # than these steps are the methods beside ours
+UNSHARED: Replacement = (calibration, "share_steps", _own_steps)
+OLDER: Sequence[Replacement] = (LOCAL, UNORDERED, NORMALIZED, UNSHARED)  # than these steps are the methods beside ours
 UNTRANSFORMED: Sequence[Replacement] = ((STEPS, "transform_groups", _no_transform), *OLDER)
 EQUALIZED: Sequence[Replacement] = (
     (channels, "MOST_CHANNELS", 0),  # of matrix transforms: diagonals remain

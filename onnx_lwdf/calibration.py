@@ -25,8 +25,10 @@ from onnx_lwdf.gates import Span
 from onnx_lwdf.gradients import Sensitivities, strengths
 from onnx_lwdf.graph import Graph, operator
 from onnx_lwdf.influence import TINY, numbers, power_share, relative_error
+from onnx_lwdf.joins import share_steps
 from onnx_lwdf.layers import Bits, Layer, blocks, find_layers, set_bias, shape_of, weight_of
 from onnx_lwdf.layerwise import bias_behind_grid
+from onnx_lwdf.precondition.bounds import Range
 from onnx_lwdf.precondition.norms import mean_shifts, take_up
 from onnx_lwdf.ranges import F64, ActivationGrid, grid_for, search_grid, widened
 from onnx_lwdf.runtime import open_session, run
@@ -50,8 +52,10 @@ def calibrate(
     gradients: Sensitivities = MappingProxyType({}),
 ) -> dict[str, ActivationGrid]:
     """Tensor name -> grid; all tensors of a site share one. `feeds` hold samples of the model's inputs."""
-    found = _grids(graph, layers, sites, samples, inputs, config, spans, gradients)
-    wider = _reaching(graph, layers, sites, found, spans, config)
+    ranges = {name: bounds for spec in inputs for name, bounds in spec.ranges.items()}
+    tight = _grids(graph, layers, sites, samples, ranges, config, spans, gradients)
+    wider = _reaching(graph, layers, sites, tight, spans, config)
+    found, wider = (share_steps(graph, sites, grids, gradients, ranges.keys()) for grids in (tight, wider))
     if wider == found or all(site.bits == 8 for site in sites):
         return wider
     few = feeds[:JUDGES]
@@ -83,17 +87,19 @@ def _grids(
     layers: Sequence[Layer],
     sites: Sequence[Site],
     samples: Samples,
-    inputs: Sequence[InputSpec],
+    ranges: Mapping[str, Range],
     config: Config,
     spans: Mapping[str, Span],
     gradients: Sensitivities,
 ) -> dict[str, ActivationGrid]:
-    """The grids of the least sum of error^2; with 8 bits over the whole span, where that is known."""
+    """The grids of the least sum of error^2; with 8 bits over the whole span, where that is known.
+
+    ranges: inputs that may hold anything between these, whatever the samples hold.
+    """
     symmetric = TARGETS[config.target].symmetric_activations
-    ranges = {name: bounds for spec in inputs for name, bounds in spec.ranges.items()}
     grids: dict[str, ActivationGrid] = {}
     for site in sites:
-        if site.tensors[0] in ranges:  # an input may hold any pixel, whatever the samples hold
+        if site.tensors[0] in ranges:
             grid = grid_for(*ranges[site.tensors[0]], site.bits, symmetric)
         elif _given(site, spans):
             span = spans[site.tensors[0]]

@@ -26,8 +26,8 @@ def damage(monkeypatch):
     stored = ENGINE._stored
 
     def install(*names):
-        def damaged(graph, answer):
-            item = stored(graph, answer)
+        def damaged(graph, answer, codes):
+            item = stored(graph, answer, codes)
             if answer.layer.name not in names:
                 return item
             return replace(item, rounded=replace(item.rounded, codes=-item.rounded.codes))
