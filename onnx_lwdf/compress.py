@@ -282,8 +282,9 @@ def _answers(
     graph, layers, pruning = prepared.graph, prepared.layers, prepared.pruning
     for answer in solve_layers(graph, layers, plan, pruning, grids, samples, config, codes):
         solved.append(answer)
-        on_layer(Progress("solve", answer.layer.name, len(solved), len(prepared.layers)))
-    return solved
+        on_layer(Progress("solve", answer.layer.name, len(solved), len(layers)))
+    place = {layer.name: number for number, layer in enumerate(layers)}
+    return sorted(solved, key=lambda answer: place[answer.layer.name])
 
 
 def _sizes(

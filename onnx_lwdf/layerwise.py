@@ -47,6 +47,7 @@ AUTO_METHOD, AUTO_PRUNING, AUTO_BLIND = "descent", "obs", "squant"
 # The bias takes up the mean error of rounding. A tenth stays in H: other images have other means, and padding has none.
 MEAN_SHARE = 0.1
 PAIR_LIMIT = 128  # 255 * 128 = 32640 < 32767, the sum of two products in vpmaddubsw
+LEAST_SCALE = 1e-30  # of a channel that a reader silences: times any code, nothing
 LARGEST_BIAS = 2.0**30  # codes of an int32 bias, with room for rounding
 
 
@@ -220,10 +221,18 @@ def _factors(first: Task, task: Task) -> F64:
 
 
 def _joint(tasks: Sequence[Task], by: Sequence[F64]) -> LayerProblem:
-    """The problem of the first one's weight on the inputs of all."""
+    """The problem of the first one's weight on the inputs of all.
+
+    Its scales fit a bias of one reader at least. What others store then is too large by less than 127 floors, whose products
+    with any inputs are some 1e-4 of their bias: a channel of which no more than that varies says nothing.
+    """
     first = tasks[0].problem
     hessian = joint(first.weight, [one.problem.hessian for one in tasks])
-    floor = np.max([one.problem.scale_floor / factor for one, factor in zip(tasks, by, strict=True)], axis=0)
+    floors = [
+        np.divide(one.problem.scale_floor, factor, out=np.full_like(factor, np.inf), where=factor > 0)
+        for one, factor in zip(tasks, by, strict=True)
+    ]
+    floor = np.min(floors, axis=0)  # the first one's factors are 1
     return replace(first, hessian=hessian, scale_floor=floor)
 
 
@@ -231,7 +240,7 @@ def _times(found: LayerSolution, factor: F64, task: Task) -> LayerSolution:
     """The joint problem's answer for one of the tasks."""
     if found.rounding is None:
         return replace(float_solution(task.problem, found.weight), notes=found.notes)
-    scale = storable(found.rounding.scale * factor, task.problem.scale_floor)
+    scale = storable(np.maximum(found.rounding.scale * factor, LEAST_SCALE), task.problem.scale_floor)
     return solution(task.problem, replace(found.rounding, scale=scale), found.notes)
 
 

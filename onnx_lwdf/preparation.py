@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections import Counter
 from collections.abc import Mapping, Sequence, Set
 from dataclasses import dataclass, replace
 from types import MappingProxyType
@@ -41,8 +40,8 @@ UNNORMALIZED = (
 )
 CROSSED = "a convolution reads the same tensor along its channels, and this layer along another axis"
 REPEATED = (
-    "weights that the model holds once for several layers are written for each of them, since folding what follows these "
-    "layers made them differ: the file is some {:.0%} larger for it"
+    "weights that several layers share are written more than once, since these layers differ in what follows them, in bits or "
+    "in what is pruned: the file holds some {:.0%} more values of weights than the model"
 )
 MOST_REPEATED = 0.05  # of all values of weights, that goes without saying
 UNSEEN = "{}; so weights alone were rounded, each on its own, and nothing was verified: try the file where it will run"
@@ -90,7 +89,7 @@ def prepare(
     model, note = raise_opset(inline_functions(copy_of(model)), opset, form)
     notes = [note, fix_initializers(model)]
     graph = Graph(model, scratch)
-    repeated = _repeated(graph)
+    held = _held(graph)
     statistics = fold(graph)
     fixed = None if unseen else free_batch(graph, find_inputs(graph, config))
     layers, skipped = find_layers(graph, config.exclude)
@@ -106,12 +105,12 @@ def prepare(
         reasons = "; ".join(dict.fromkeys(layer.reason for layer in skipped))
         raise ModelError(f"nothing to compress: {reasons or 'the model has no Conv, ConvTranspose, Gemm or MatMul'}")
     plan = plan_bits(graph, layers, skipped, config)
-    notes.append(_not_shared(graph, layers, plan, *repeated))
     pruning = plan_pruning(graph, layers, skipped, config)
     touched = {name for name in plan if config.channels or plan[name].weight is not None or pruning[name].asked}
     idle = [layer for layer in layers if layer.name not in touched]
     skipped += [_left(graph, layer, pruning[layer.name].note) for layer in idle]
     layers = [layer for layer in layers if layer not in idle]
+    notes.append(_repeated(held, _held(graph, layers, codes_of(graph, layers, plan, pruning))))
     skipped += [Skipped(node_name(node), operator(node), (), TAIL) for node in float_tails(graph, layers, plan)]
     inputs, warnings = read_inputs(graph, config, statistics) if unseen is None else ((), (UNSEEN.format(unseen),))
     known = [spec.name for spec in inputs if spec.inferred]
@@ -152,21 +151,19 @@ def possible(model: onnx.ModelProto, config: Config) -> tuple[Config, str | None
     return (config if unseen is None else config.blind(unseen)), unseen
 
 
-def _repeated(graph: Graph) -> tuple[int, int]:
-    """Values of weights that the file holds, and how many more it would hold if each layer had its own."""
-    reads = Counter(node.input[1] for node in graph.nodes if operator(node) in WEIGHTED and len(node.input) > 1)
-    sizes = {name: math.prod(graph.initializers[name].dims) for name in reads if name in graph.initializers}
-    return sum(sizes.values()), sum(size * (reads[name] - 1) for name, size in sizes.items())
+def _held(graph: Graph, layers: Sequence[Layer] = (), codes: Mapping[str, str] = MappingProxyType({})) -> int:
+    """Values of weights in a file with these layers compressed. `codes`: layer name -> the layer whose codes it has."""
+    compressed = {id(layer.node) for layer in layers}
+    others = (node for node in graph.nodes if operator(node) in WEIGHTED and id(node) not in compressed)
+    names = {node.input[1] for node in others if len(node.input) > 1} & graph.initializers.keys()
+    left = sum(math.prod(graph.initializers[name].dims) for name in names)
+    return left + sum(math.prod(shape_of(graph, layer)) for layer in layers if layer.name not in codes)
 
 
-def _not_shared(
-    graph: Graph, layers: Sequence[Layer], plan: Mapping[str, Bits], held: int, repeated: int
-) -> str | None:
-    """What it means for the file where layers that read one weight no longer share it."""
-    dense = dict.fromkeys(plan, Pruning())
-    first_of = codes_of(graph, layers, plan, dense) if repeated else {}
-    left = repeated - sum(math.prod(shape_of(graph, layer)) for layer in layers if layer.name in first_of)
-    return REPEATED.format(left / held) if left > MOST_REPEATED * held else None
+def _repeated(before: int, after: int) -> str | None:
+    """What it means for the file where layers no longer share a weight."""
+    more = (after - before) / max(before, 1)
+    return REPEATED.format(more) if more > MOST_REPEATED else None
 
 
 def _normalizes(node: onnx.NodeProto) -> bool:

@@ -1,9 +1,9 @@
-"""Layers that share a weight: theirs are the same, but for a positive factor of each output channel.
+"""Layers that share a weight: theirs are the same, but for a factor of each output channel that changes no sign.
 
 A head that runs over all levels of a pyramid, or a network that looks at two images, reads one weight several times. Where
 BatchNormalization differs from reader to reader, folding it leaves
 
-    W_l = diag(d_l) W_1,    d_l > 0
+    W_l = diag(d_l) W_1,    d_l >= 0
 
 and scales of output channels hold d_l: such layers are solved together, and a file holds their codes once. Weights that stay
 float have no scales, and are held once where all d_l are 1. Layers are found by values, so it does not matter whether an
@@ -18,7 +18,7 @@ from collections.abc import Iterator, Mapping, Sequence
 import numpy as np
 
 from onnx_lwdf.graph import Graph
-from onnx_lwdf.layers import Bits, Layer, Pruning, blocks, output_axis, weight_of
+from onnx_lwdf.layers import Bits, Layer, Pruning, blocks, is_depthwise, output_axis, weight_of
 from onnx_lwdf.ranges import F64
 
 LEAST_POWER = 1e-30  # of a reader's outputs: where they never vary, it says nothing of its weight's errors
@@ -41,6 +41,16 @@ def sharing(graph: Graph, layers: Sequence[Layer]) -> list[list[Layer]]:
             found.append(layer)
     place = {layer.name: i for i, layer in enumerate(layers)}
     return sorted((one for sets in alike.values() for _, one in sets), key=lambda one: place[one[0].name])
+
+
+def linked(graph: Graph, layers: Sequence[Layer]) -> Iterator[tuple[Layer, Layer]]:
+    """Pairs of layers that must read one set of channels, and write one, to share their weight still.
+
+    Not depthwise ones: they hold next to nothing, blurs look like each other by chance, and those between two others that
+    share their weights do so anyway.
+    """
+    for first, *others in sharing(graph, [layer for layer in layers if not is_depthwise(graph, layer)]):
+        yield from ((first, layer) for layer in others)
 
 
 def codes_of(
@@ -96,7 +106,11 @@ def _equal(graph: Graph, first: Layer, layer: Layer) -> bool:
 
 
 def _all_proportional(graph: Graph, first: Layer, layer: Layer) -> bool:
-    return all(_proportional(*pair) for pair in _pairs(graph, first, layer))
+    """Channels that one reader's BatchNormalization silences may be fewer than half: layers of zeros would fit to all."""
+    if not all(_proportional(*pair) for pair in _pairs(graph, first, layer)):
+        return False
+    silent = np.concatenate([first.any(-1) & ~weight.any(-1) for first, weight in _pairs(graph, first, layer)], axis=1)
+    return bool(silent.mean() < 0.5)
 
 
 def _pairs(graph: Graph, first: Layer, layer: Layer) -> Iterator[tuple[F64, F64]]:
@@ -112,4 +126,4 @@ def _proportional(first: F64, weight: F64) -> bool:
         return False
     by = factors(first, weight)
     most = np.abs(weight).max(-1)
-    return bool((by > 0).all() and (np.abs(weight - by[..., None] * first).max(-1) <= EQUAL * most).all())
+    return bool((by >= 0).all() and (np.abs(weight - by[..., None] * first).max(-1) <= EQUAL * most).all())

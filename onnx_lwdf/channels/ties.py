@@ -21,7 +21,7 @@ import onnx
 from onnx_lwdf.activations.taps import Feed, tensor_shapes
 from onnx_lwdf.graph import Graph, attribute, axes_of, names_sizes, node_name, operator
 from onnx_lwdf.layers import Layer
-from onnx_lwdf.sharing import sharing
+from onnx_lwdf.sharing import linked
 
 Ints = npt.NDArray[np.int64]
 Shapes = Mapping[str, tuple[int, ...]]
@@ -72,10 +72,10 @@ def tie_channels(graph: Graph, layers: Sequence[Layer], shapes: Shapes, most: fl
             rule = RULES.get(operator(node), _refuse)
             if not rule(walk, node):
                 _refuse(walk, node)
-    for first, *others in sharing(graph, layers):
-        for layer in others:
-            for pair in zip((first.input, first.node.output[0]), (layer.input, layer.node.output[0]), strict=True):
-                walk.tie_tensors(*pair)
+    for first, layer in linked(graph, layers):
+        if _has_channels(walk, first.node) and _has_channels(walk, layer.node):
+            walk.tie_tensors(first.input, layer.input)
+            walk.tie_tensors(first.node.output[0], layer.node.output[0])
     return walk.ties()
 
 
@@ -162,14 +162,21 @@ def _refuse(walk: _Walk, node: onnx.NodeProto) -> bool:
     return True
 
 
+def _has_channels(walk: _Walk, node: onnx.NodeProto) -> bool:
+    """Whether the channels that a layer reads and writes run along axis 1."""
+    layer = walk.layers.get(id(node))
+    if layer is None or any(len(walk.shapes.get(name, ())) <= CHANNEL_AXIS for name in (node.input[0], node.output[0])):
+        return False
+    return layer.window is not None or len(walk.shapes[node.input[0]]) == 2
+
+
 def _weighted(walk: _Walk, node: onnx.NodeProto) -> bool:
     """Depthwise: each output channel belongs to one input channel. Full: two sets of channels meet."""
-    layer = walk.layers.get(id(node))
-    source, target = node.input[0], node.output[0]
-    if layer is None or any(len(walk.shapes.get(name, ())) <= CHANNEL_AXIS for name in (source, target)):
+    if not _has_channels(walk, node):
         return False
+    layer, source, target = walk.layers[id(node)], node.input[0], node.output[0]
     if layer.groups == 1:
-        return layer.window is not None or len(walk.shapes[source]) == 2
+        return True
     if source not in walk.first or target not in walk.first:
         return False
     inputs, outputs = walk.channels(source), walk.channels(target)

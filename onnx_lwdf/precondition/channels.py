@@ -27,7 +27,7 @@ from onnx_lwdf.gates import Gate, find_gates
 from onnx_lwdf.graph import Graph, attribute, operator
 from onnx_lwdf.layers import Layer, input_channels, output_channels
 from onnx_lwdf.precondition.norms import Norm, find_norms
-from onnx_lwdf.sharing import sharing
+from onnx_lwdf.sharing import linked
 from onnx_lwdf.sites import ahead, clip_bounds
 
 LINEAR = ("Add", "AveragePool", "GlobalAveragePool", "Flatten", "Resize", "Upsample")
@@ -118,10 +118,9 @@ def _connected(graph: Graph, layers: Sequence[Layer], gates: Sequence[Gate], nor
                 root[find(name)] = find(node.output[0])
         elif (signal := excited(graph, node)) is not None:
             root[find(signal)] = find(node.output[0])
-    for first, *others in sharing(graph, layers):
-        for layer in others:
-            root[find(layer.input)] = find(first.input)
-            root[find(layer.output)] = find(first.output)
+    for first, layer in linked(graph, layers):
+        root[find(layer.input)] = find(first.input)
+        root[find(layer.output)] = find(first.output)
     for name in (made.output for kind in (layers, gates, norms) for made in kind):
         find(name)
     groups: dict[str, list[str]] = defaultdict(list)

@@ -105,42 +105,51 @@ def copy_channels(
 
 def find_paths(graph: Graph, groups: Sequence[ChannelGroup], grids: Mapping[str, ActivationGrid]) -> list[Path]:
     """Every path whose writers have a bias and put out, behind their activation, a tensor with a grid."""
-    groups = [group for group in groups if group.producers and group.plain and not group.joined]
-    by_writer = {layer.name: group for group in groups for layer in group.producers}
-    found = (_path(graph, group, by_writer, grids) for group in groups)
-    return [path for path in found if path is not None]
+    usable = [group for group in groups if group.producers and group.plain and not group.joined]
+    covered: list[ChannelGroup] = []
+    paths = []
+    for group in usable:
+        if any(layer.groups == 1 for layer in group.producers) and not any(group is one for one in covered):
+            reached = _reached(graph, group, usable)
+            covered += reached
+            paths.append(_path(graph, reached, grids))
+    return [path for path in paths if path is not None]
 
 
-def _path(
-    graph: Graph, first: ChannelGroup, by_writer: Mapping[str, ChannelGroup], grids: Mapping[str, ActivationGrid]
-) -> Path | None:
-    if any(layer.groups > 1 for layer in first.producers):
-        return None
-    groups: list[ChannelGroup] = []
-    writers: list[Layer] = []
-    readers: list[Layer] = []
-    waiting = [first]
+def _reached(graph: Graph, first: ChannelGroup, usable: Sequence[ChannelGroup]) -> list[ChannelGroup]:
+    """The group, and all that depthwise layers make of its channels or make them of."""
+    writes = {layer.name: group for group in usable for layer in group.producers}
+    reads = {layer.name: group for group in usable for layer in group.consumers}
+    found, waiting = [first], [first]
     while waiting:
         group = waiting.pop()
-        if any(layer.bias is None or behind_activation(graph, layer.output) not in grids for layer in group.producers):
-            return None
-        if any(operator(graph.producer[name]) == "Mul" for name in group.tensors):
-            return None  # excited by factors of as many channels as there were
-        if any(names_sizes(graph.producer[name]) for name in group.tensors):
-            return None
-        groups.append(group)
-        writers.extend(group.producers)
-        for layer in group.consumers:
-            behind = by_writer.get(layer.name)
-            if is_depthwise(graph, layer) and behind is not None and behind.channels == first.channels:
-                if not any(
-                    behind is one for one in (*groups, *waiting)
-                ):  # of layers that share a weight the first has led there
-                    waiting.append(behind)
-            elif layer.groups == 1 and layer.op != "ConvTranspose":
-                readers.append(layer)
-            else:
-                return None
+        ahead = [writes.get(layer.name) for layer in group.consumers if is_depthwise(graph, layer)]
+        behind = [reads.get(layer.name) for layer in group.producers if is_depthwise(graph, layer)]
+        for other in (*ahead, *behind):
+            if other is not None and not any(other is one for one in found):
+                found.append(other)
+                waiting.append(other)
+    return found
+
+
+def _path(graph: Graph, groups: Sequence[ChannelGroup], grids: Mapping[str, ActivationGrid]) -> Path | None:
+    """The path of these groups, None where something touches them that cannot follow."""
+    if len({group.channels for group in groups}) > 1:
+        return None
+    writers = [layer for group in groups for layer in group.producers]
+    readers = [layer for group in groups for layer in group.consumers if not is_depthwise(graph, layer)]
+    passed = {layer.name for group in groups for layer in group.consumers if is_depthwise(graph, layer)}
+    if passed != {
+        layer.name for layer in writers if layer.groups > 1
+    }:  # a depthwise layer of which one side is elsewhere
+        return None
+    if any(layer.groups > 1 or layer.op == "ConvTranspose" for layer in readers):
+        return None
+    if any(layer.bias is None or behind_activation(graph, layer.output) not in grids for layer in writers):
+        return None
+    makers = [graph.producer[name] for group in groups for name in group.tensors]
+    if any(operator(node) == "Mul" or names_sizes(node) for node in makers):
+        return None  # excited by factors of as many channels as there were, or with a number of them
     return Path(tuple(groups), tuple(writers), tuple(readers))
 
 

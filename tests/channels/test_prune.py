@@ -72,7 +72,7 @@ def test_with_integers(options):
     report = onnx_lwdf.compress(source, channels=6.5 / PARTNER_CHANNELS, bits=8, **options).report
     assert {layer.bits for layer in report.layers} == {"w8a8"}
     assert report.output_db is not None
-    assert report.output_db > alone.output_db - 1
+    assert report.output_db > alone.output_db - 2  # grids of other channels, on which a decibel turns
     assert report.options["channels"] == 6.5 / PARTNER_CHANNELS
 
 
