@@ -10,19 +10,24 @@ from onnx_lwdf.errors import OptionError
 from onnx_lwdf.graph import Graph, operator
 from onnx_lwdf.layers import WEIGHTED, Bits, Layer, Skipped, matches
 from onnx_lwdf.layerwise import largest_code, method_of
+from onnx_lwdf.sharing import sharing
 from onnx_lwdf.solvers import SOLVERS
 
 KEPT_BITS = 8
 
 
 def plan_bits(graph: Graph, layers: Sequence[Layer], skipped: Sequence[Skipped], config: Config) -> dict[str, Bits]:
-    """Layer name -> bits: a pattern's, else 8 for the first and last layer where they are kept, else the general ones.
+    """Layer name -> bits: a pattern's, else 8 for the first and last layer where they are kept, and for what shares a weight
+    with these, else the general ones.
 
     Raises OptionError where a pattern of `bits_for` or `exclude` names no layer.
     """
     for option, patterns in (("bits-for", config.bits_for), ("exclude", config.exclude)):
         check_patterns(option, patterns, [*layers, *skipped])
     ends = set().union(*first_and_last(graph)) if config.keeps_first_last else set()
+    for same in sharing(graph, layers):
+        outputs = {layer.node.output[0] for layer in same}
+        ends |= outputs if outputs & ends else set()
     plan: dict[str, Bits] = {}
     for layer in layers:
         weight, activation, free = config.weight_bits, config.activation_bits, config.auto_bits

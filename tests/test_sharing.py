@@ -378,3 +378,24 @@ def test_blurs_look_alike_and_tie_nothing():
     model = with_weights(text, tensors | {"blur": np.full((8, 1, 3, 3), 1 / 9)})
     result = onnx_lwdf.compress(model, channels=0.4, bits=8, **FAST)
     assert [layer.reason for layer in result.report.compressed if " channels removed" in layer.reason]
+
+
+def test_a_layer_that_is_also_the_last_keeps_its_bits_everywhere():
+    text = """
+    <ir_version: 8, opset_import: ["" : 17]>
+    net (float[N,3,8,8] x) => (float[N,16,8,8] y) {
+        a = Conv (x, w)
+        b = Relu (a)
+        c = Conv <pads = [1,1,1,1]> (b, v)
+        d = Relu (c)
+        e = Conv <pads = [1,1,1,1]> (d, u)
+        f = Relu (e)
+        y = Conv <pads = [1,1,1,1]> (f, v)
+    }
+    """
+    rng = np.random.default_rng(0)
+    shapes = {"w": (16, 3, 1, 1), "v": (16, 16, 3, 3), "u": (16, 16, 3, 3)}
+    model = with_weights(text, {name: rng.normal(0, 0.1, shape) for name, shape in shapes.items()})
+    result = onnx_lwdf.compress(model, bits=4, **FAST)
+    assert [layer.weight_bits for layer in result.report.layers] == [8, 8, 4, 8]
+    assert len(stored(result.model)) == 2  # besides the first layer, which has too few values to be counted

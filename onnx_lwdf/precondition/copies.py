@@ -44,12 +44,13 @@ F32 = npt.NDArray[np.float32]
 
 @dataclass(frozen=True, slots=True)
 class Path:
-    """A set of channels from the layer that makes them, through depthwise layers, to those that mix them."""
+    """A set of channels from the layer that makes them, through depthwise layers, to those that mix them.
+
+    Several layers make them where they, or those that mix them, share a weight.
+    """
 
     groups: tuple[ChannelGroup, ...]
-    writers: tuple[
-        Layer, ...
-    ]  # those that make the channels (several where they share a weight), then the depthwise ones
+    writers: tuple[Layer, ...]  # those that make the channels, and the depthwise ones
     readers: tuple[Layer, ...]  # all others
 
     @property
