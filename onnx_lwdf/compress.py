@@ -301,8 +301,8 @@ def _sizes(
     return Sizes(graph, layers, sites, config.stored_format, config.activations, signed, noted.ByteSize(), codes)
 
 
-def _stored(graph: Graph, answer: Solved, codes_of: Mapping[str, str]) -> Stored:
-    """The solution laid out as the model stores weights."""
+def _stored(graph: Graph, answer: Solved, shared: Mapping[str, str]) -> Stored:
+    """The solution laid out as the model stores weights. `shared`: layer name -> the layer whose codes or floats it has."""
     layer, solution = answer.layer, answer.solution
     weight = graph.constant(layer.weight)
     assert weight is not None, layer.name
@@ -316,7 +316,7 @@ def _stored(graph: Graph, answer: Solved, codes_of: Mapping[str, str]) -> Stored
         if (multiplier := solution.rounding.multiplier) is not None:
             runs = Runs(from_canonical(layer, multiplier, run_shape(layer, weight.shape, size)), 1 - axis, size)
         rounded = Rounded(codes, scale, axis, answer.bits.weight, runs)
-    return Stored(layer, values, rounded, answer.stored_bias, answer.grid, codes_of.get(layer.name, ""))
+    return Stored(layer, values, rounded, answer.stored_bias, answer.grid, shared.get(layer.name, ""))
 
 
 def _verification(prepared: Prepared, config: Config) -> list[Feed]:

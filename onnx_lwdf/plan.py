@@ -25,7 +25,7 @@ def plan_bits(graph: Graph, layers: Sequence[Layer], skipped: Sequence[Skipped],
     for option, patterns in (("bits-for", config.bits_for), ("exclude", config.exclude)):
         check_patterns(option, patterns, [*layers, *skipped])
     ends = set().union(*first_and_last(graph)) if config.keeps_first_last else set()
-    for same in sharing(graph, layers):
+    for same in sharing(graph, layers) if ends else ():
         outputs = {layer.node.output[0] for layer in same}
         ends |= outputs if outputs & ends else set()
     plan: dict[str, Bits] = {}

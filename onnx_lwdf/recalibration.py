@@ -68,7 +68,7 @@ def recalibrate(
     compressed = _pass(_compressed(graph, solved), chosen, ranks, known, fed=True)
     before, after = _totals(exact, compressed, chunks)
     factors = {
-        name: factor_of(*before[tensor], *after[tensor])
+        name: _factor(*before[tensor], *after[tensor])
         for name, tensor in ((answer.layer.name, answer.layer.output) for answer in solved)
         if tensor in before
     }
@@ -165,7 +165,7 @@ def _measure(session: ort.InferenceSession, one: _Pass, feed: Mapping[str, Array
     return {tensor: (values[mean], values[variance]) for tensor, (mean, variance) in one.measured.items()}
 
 
-def factor_of(mean: F64, variance: F64, mean_now: F64, variance_now: F64) -> F64:
+def _factor(mean: F64, variance: F64, mean_now: F64, variance_now: F64) -> F64:
     """The a of the formula, 1 of dead channels; all [channels]."""
     alive = (variance > DEAD * (variance + mean**2)) & (variance_now > DEAD * (variance_now + mean_now**2))
     ratio = np.sqrt(np.divide(variance, variance_now, out=np.ones_like(variance), where=alive))

@@ -139,10 +139,9 @@ def _path(graph: Graph, groups: Sequence[ChannelGroup], grids: Mapping[str, Acti
         return None
     writers = [layer for group in groups for layer in group.producers]
     readers = [layer for group in groups for layer in group.consumers if not is_depthwise(graph, layer)]
-    passed = {layer.name for group in groups for layer in group.consumers if is_depthwise(graph, layer)}
-    if passed != {
-        layer.name for layer in writers if layer.groups > 1
-    }:  # a depthwise layer of which one side is elsewhere
+    read = {layer.name for group in groups for layer in group.consumers if is_depthwise(graph, layer)}
+    written = {layer.name for layer in writers if layer.groups > 1}
+    if read != written:  # a depthwise layer of which one side is elsewhere
         return None
     if any(layer.groups > 1 or layer.op == "ConvTranspose" for layer in readers):
         return None
