@@ -215,8 +215,9 @@ def _solve(source: Source, prepared: Prepared, chunks: Sequence[Feed], config: C
 
     pruning = share_budget(graph, layers, prepared.pruning, samples, chunks[0], config)
     grids = calibrate(graph, layers, plan, sites, samples, prepared.inputs, chunks, config, spans, gradients)
-    read = {spec.pixels for spec in prepared.inputs}
-    notes = [{layer.name: "reads pixels of 0 to 255" for layer in layers if layer.input in read}, pruned.notes]
+    read = {spec.pixels: "reads pixels of 0 to 255" for spec in prepared.inputs}
+    read |= {spec.parts: "reads its input in two parts of 8 bits" for spec in prepared.inputs}
+    notes = [{layer.name: read[layer.input] for layer in layers if layer.input in read}, pruned.notes]
     if not any(one.asked for one in pruning.values()):
         groups = find_groups(graph, layers)
         copied = copy_channels(graph, layers, groups, grids, samples, statistics, gradients, chunks[0])

@@ -24,6 +24,7 @@ from onnx_lwdf.model_io import fix_initializers, inline_functions, raise_opset
 from onnx_lwdf.plan import plan_bits
 from onnx_lwdf.precondition.fold import fold
 from onnx_lwdf.precondition.pixels import read_pixels
+from onnx_lwdf.precondition.residual import split_inputs
 from onnx_lwdf.pruning import plan_pruning
 from onnx_lwdf.runtime import copy_of, unloadable
 from onnx_lwdf.sharing import codes_of
@@ -126,6 +127,7 @@ def prepare(
     alone = [SINGLE.format(spec.name) for spec in inputs if spec.image and spec.batch == 1]
     warnings = (*filter(None, notes), *warnings, *filter(None, [folded]), *alone)
     layers, inputs = read_pixels(graph, layers, plan, inputs, config)
+    layers, inputs = split_inputs(graph, layers, plan, inputs, config)
     found = sources(graph, layers)
     return Prepared(
         config=config,

@@ -48,11 +48,12 @@ DEFAULT_SIDE = 224  # pixels, where an image's height or width is dynamic
 MOST_VALUES = 2**25  # of an input: sixteen of them fill 2 GiB
 PROBES = 32  # images: their brightness differs, and with it the channel means
 WORST_DIVERGENCE = 10.0  # a single channel's say is bounded: dead channels diverge without end
-# A named convention is believed where it fits well (nats per channel), and else unless the free estimate has a far smaller
+# A named convention is believed where it fits well (nats per channel), and else unless the free estimate has a clearly smaller
 # divergence. On eight networks whose convention is known it fits well, or better than the estimate, or (one) 1.06 times
-# worse; on two whose normalization is in no table the estimate wins by a factor of 20.
+# worse; on two whose normalization is in no table the estimate wins by a factor of 20, on one whose input is divided by a
+# thousand by one of 7.
 GOOD_FIT = 0.1
-CLEARLY_BETTER = 1 / 8
+CLEARLY_BETTER = 1 / 2
 # Of the bias's energy, in the mean of the first bottleneck, under the right convention at most: on four networks whose
 # convention is known the right one left 0.01 to 0.09, and torchvision's, where it was wrong and did not fit, 0.20 and 0.22.
 LEFT_BY_RIGHT = 0.1
@@ -73,6 +74,7 @@ class InputSpec:
     normalization: Normalization | None  # None: standard normal values, any byte or index, ones for other integers
     inferred: bool  # from stored statistics, or given by the user
     pixels: str | None = None  # the tensor that holds it as pixels of 0 to 255, where it is read as such
+    parts: str | None = None  # the tensor that holds it as whole steps and a residual, where it is read as such
 
     @property
     def chw(self) -> tuple[int, int, int]:
@@ -81,11 +83,18 @@ class InputSpec:
         return (third, first, second) if self.channels_last else (first, second, third)
 
     @property
+    def vague(self) -> bool:
+        """Whether nothing tells where its values end, of which at least the size is known."""
+        known = self.normalization
+        return self.dtype.kind == "f" and known is not None and (known.name == ESTIMATED or not self.inferred)
+
+    @property
     def ranges(self) -> dict[str, tuple[float, float]]:
         """Of the tensors that hold its values, where the normalization is known."""
         if self.normalization is None:
             return {}
-        return {self.name: self.normalization.range, **({self.pixels: AS_BYTES.range} if self.pixels else {})}
+        made = {self.pixels: AS_BYTES.range, self.parts: AS_SIGNED_BYTES.range}
+        return {self.name: self.normalization.range, **{name: bounds for name, bounds in made.items() if name}}
 
     def draw(self, count: int, rng: np.random.Generator) -> Array:
         """Synthetic samples on the model's scale, [count, *shape], as many as the model fixes where it does."""

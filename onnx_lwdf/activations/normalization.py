@@ -9,7 +9,7 @@ import numpy as np
 from onnx_lwdf.activations.images import F32
 
 ESTIMATED_REACH = 3.0  # deviations around the mean that an input of estimated normalization is given
-ESTIMATED = "estimated"
+ESTIMATED, STANDARD = "estimated", "zero mean, unit deviation"  # mean and deviation are known, black and white are not
 SCENES_MEAN, SCENES_DEVIATION = 127.5, 78.0  # of the synthetic pixels; measured 131 and 78
 
 
@@ -35,13 +35,12 @@ class Normalization:
     @property
     def range(self) -> tuple[float, float]:
         """The smallest and the largest value that a pixel can become; generous where it is estimated."""
-        if self.name == ESTIMATED:
+        if self.name in (ESTIMATED, STANDARD):
             return self._estimated_range()
         low = min(-m / s for m, s in zip(self.mean, self.std, strict=True))
         return low, max((255 - m) / s for m, s in zip(self.mean, self.std, strict=True))
 
     def _estimated_range(self) -> tuple[float, float]:
-        """Mean and deviation are known, the black and the white point are not."""
         centers = [(SCENES_MEAN - m) / s for m, s in zip(self.mean, self.std, strict=True)]
         reach = ESTIMATED_REACH * max(SCENES_DEVIATION / s for s in self.std)
         return min(centers) - reach, max(centers) + reach
@@ -57,4 +56,4 @@ CONVENTIONS: tuple[Normalization, ...] = (
     Normalization("caffe BGR", (103.939, 116.779, 123.68), (1.0, 1.0, 1.0)),
 )
 ASSUMED = CONVENTIONS[0]
-ASSUMED_GREY = Normalization("zero mean, unit deviation", (127.5,), (64.0,))
+ASSUMED_GREY = Normalization(STANDARD, (SCENES_MEAN,), (SCENES_DEVIATION,))

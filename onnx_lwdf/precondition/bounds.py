@@ -23,7 +23,7 @@ Range = tuple[float, float]
 
 def pixel_ranges(graph: Graph, inputs: Sequence[InputSpec]) -> dict[str, Range]:
     """Tensor -> the lowest and the highest value that a pixel becomes; of inputs whose normalization is known."""
-    ranges = {name: bounds for spec in inputs if spec.inferred for name, bounds in spec.ranges.items()}
+    ranges = {name: bounds for spec in inputs if not spec.vague for name, bounds in spec.ranges.items()}
     for node in graph.nodes:
         if operator(node) in SAME_VALUES and node.input[0] in ranges:
             ranges[node.output[0]] = ranges[node.input[0]]

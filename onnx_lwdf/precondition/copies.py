@@ -90,8 +90,8 @@ def copy_channels(
     if not paths:
         return Copied(layers, samples, statistics, {})
     found = [np.sum([noise[name] for name in _made(graph, path)], axis=0) for path in paths]
-    shares = _shares(graph, layers, feed)
-    prices = [_price(graph, path, shares, grids) for path in paths]
+    price = shares(graph, layers, feed)
+    prices = [_price(graph, path, price, grids) for path in paths]
     counts = choose(found, prices, sum(float(one.sum()) for one in noise.values()))
     notes: dict[str, str] = {}
     for path, count in zip(paths, counts, strict=True):
@@ -197,7 +197,7 @@ def choose(noise: Sequence[F64], prices: Sequence[float], total: float) -> list[
     return counts
 
 
-def _shares(graph: Graph, layers: Sequence[Layer], feed: Feed) -> dict[str, float]:
+def shares(graph: Graph, layers: Sequence[Layer], feed: Feed) -> dict[str, float]:
     """Of every layer: its share of the multiplications for one sample, and of the weights, together."""
     shapes = tensor_shapes(graph.snapshot(), [layer.output for layer in layers], feed)
     weights = {layer.name: math.prod(shape_of(graph, layer)) for layer in layers}

@@ -24,7 +24,7 @@ import numpy as np
 import onnx
 
 from onnx_lwdf.activations.inputs import InputSpec
-from onnx_lwdf.activations.normalization import AS_BYTES, ESTIMATED, Normalization
+from onnx_lwdf.activations.normalization import AS_BYTES, Normalization
 from onnx_lwdf.config import TARGETS, Config
 from onnx_lwdf.graph import Graph, attribute, operator
 from onnx_lwdf.layers import Bits, Layer, committed, set_pads
@@ -45,22 +45,22 @@ def read_pixels(
     by_node = {id(layer.node): layer for layer in layers}
     exposed = {}
     for spec in inputs:
-        node, known = _first(graph, spec)
+        node, known = first_reader(graph, spec)
         layer = by_node.get(id(node))
-        if layer is not None and known is not None and known.apart and _fits(layer):
+        if layer is not None and known is not None and known.apart and _fits(layer) and not spec.vague:
             exposed[spec.name] = _expose(graph, layer, known)
     if not exposed:
         return layers, inputs
     return committed(graph, layers), tuple(replace(spec, pixels=exposed.get(spec.name)) for spec in inputs)
 
 
-def _first(graph: Graph, spec: InputSpec) -> tuple[onnx.NodeProto | None, Normalization | None]:
+def first_reader(graph: Graph, spec: InputSpec) -> tuple[onnx.NodeProto | None, Normalization | None]:
     """The only node that computes with the input's values, channels on axis 1, and how what it reads is normalized.
 
     What moves values, or normalizes them, is passed; shapes do not count. None, None where there is no such node.
     """
     known = spec.normalization
-    if not spec.image or known is None or known.name == ESTIMATED:
+    if known is None:
         return None, None
     if spec.dtype.kind != "f" and (known.apart or known.range != AS_BYTES.range):  # rounded once they were normalized
         return None, None

@@ -182,7 +182,7 @@ def test_rounding_what_the_copies_hold_costs_a_fraction(monkeypatch):
 
 
 def test_copies_are_made_and_named(monkeypatch):
-    monkeypatch.setattr(copies, "_shares", lambda graph, layers, feed: {layer.name: 1e-3 for layer in layers})
+    monkeypatch.setattr(copies, "shares", lambda graph, layers, feed: {layer.name: 1e-3 for layer in layers})
     model = network()
     result = onnx_lwdf.compress(model, bits=8, samples=32, input_mean=[0.0], input_std=[1.0])
     assert any("channels copied" in row.reason for row in result.report.layers)
