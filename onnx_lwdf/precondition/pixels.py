@@ -60,7 +60,7 @@ def first_reader(graph: Graph, spec: InputSpec) -> tuple[onnx.NodeProto | None, 
     What moves values, or normalizes them, is passed; shapes do not count. None, None where there is no such node.
     """
     known = spec.normalization
-    if known is None:
+    if known is None or not spec.shape:
         return None, None
     if spec.dtype.kind != "f" and (known.apart or known.range != AS_BYTES.range):  # rounded once they were normalized
         return None, None
