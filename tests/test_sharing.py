@@ -315,6 +315,7 @@ net (float[N,3,12,12] x) => (float[N,4,12,12] y, float[N,4,6,6] z) {
 @pytest.mark.parametrize("seed", range(3))
 def test_copies_run_through_the_depthwise_layers_of_all_levels(seed, monkeypatch):
     monkeypatch.setattr(copies, "MOST_ADDED", 0.5)
+    monkeypatch.setattr(copies, "AT_A_TIME", 1)  # sixteen more would be all of these small layers
     rng = np.random.default_rng(seed)
     shapes = {"w0": (16, 3, 3, 3), "w1": (16, 1, 3, 3), "w2": (16, 3, 3, 3), "w3": (16, 1, 3, 3), "v": (4, 16, 1, 1)}
     tensors = {name: rng.normal(0, 0.3, shape) for name, shape in shapes.items()}
