@@ -13,7 +13,7 @@ a Relu's corner, and for what an offset leaves behind a padded border: less than
 Which channels, and how often: copies that take most noise from the model's outputs, by their gradients, for their price,
 the share that they add to the network's multiplications and to its weights, as long as they take a larger share of the noise.
 What is of b bits counts b / 8 of that. They come by as many as leave the channels a multiple of 16, or of the power of 2 that
-they are one of: onnxruntime's integer kernels (1.20 to 1.32) take 16 channels at a time and the rest one by one, 33 channels of
+they are one of: onnxruntime's integer kernels (1.32) take 16 channels at a time and the rest one by one, 33 channels of
 a depthwise layer twice as long as 32 or 48.
 """
 
@@ -93,8 +93,8 @@ def copy_channels(
     if not paths:
         return Copied(layers, samples, statistics, {})
     found = [np.sum([noise[name] for name in _made(graph, path)], axis=0) for path in paths]
-    price = shares(graph, layers, feed)
-    prices = [_price(graph, path, price, grids) for path in paths]
+    by_layer = shares(graph, layers, feed)
+    prices = [_price(graph, path, by_layer, grids) for path in paths]
     counts = choose(found, prices, sum(float(one.sum()) for one in noise.values()))
     notes: dict[str, str] = {}
     for path, count in zip(paths, counts, strict=True):
@@ -169,9 +169,9 @@ def _noise(samples: Samples, grid: ActivationGrid, gradient: F64, name: str) -> 
     return np.asarray((grid.quantize(exact) - exact).var(1) * strengths(gradient))
 
 
-def _price(graph: Graph, path: Path, shares: Mapping[str, float], grids: Mapping[str, ActivationGrid]) -> float:
-    """Of one more channel, as a share of a network of 8 bits; `shares` are those of whole layers."""
-    share = sum(shares[layer.name] for layer in (*path.writers, *path.readers)) / path.channels
+def _price(graph: Graph, path: Path, by_layer: Mapping[str, float], grids: Mapping[str, ActivationGrid]) -> float:
+    """Of one more channel, as a share of a network of 8 bits; `by_layer` are the shares of whole layers."""
+    share = sum(by_layer[layer.name] for layer in (*path.writers, *path.readers)) / path.channels
     return share * max(grids[name].bits for name in _made(graph, path)) / 8
 
 
@@ -184,9 +184,9 @@ def choose(noise: Sequence[F64], prices: Sequence[float], total: float) -> list[
     orders = [_order(one) for one in noise]
     left = MOST_ADDED
     waiting = [
-        (-gain / price, path, 0)
+        (-gains[0] / price, path, 0)
         for path, ((_, gains), price) in enumerate(zip(orders, prices, strict=True))
-        for gain in gains[:1]
+        if len(gains)
     ]
     heapq.heapify(waiting)
     while waiting:
