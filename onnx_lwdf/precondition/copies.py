@@ -39,7 +39,7 @@ from onnx_lwdf.statistics import Statistics
 
 MOST_COPIES = 4  # of one channel
 AT_A_TIME = 16  # channels that an integer kernel works on
-MOST_ADDED = 0.05  # to the network's multiplications and weights, both shares together, where all are of 8 bits
+MOST_ADDED = 0.1  # to the network's multiplications and weights, both shares together, where all are of 8 bits
 
 Indices = npt.NDArray[np.int64]
 F32 = npt.NDArray[np.float32]
