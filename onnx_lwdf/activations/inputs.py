@@ -27,6 +27,8 @@ from onnx_lwdf.activations.normalization import (
     CONVENTIONS,
     ESTIMATED,
     ESTIMATED_REACH,
+    GIVEN,
+    GIVEN_RANGE,
     SCENES_DEVIATION,
     SCENES_MEAN,
     Normalization,
@@ -100,7 +102,7 @@ class InputSpec:
         """Synthetic samples on the model's scale, [count, *shape], as many as the model fixes where it does."""
         count = count if self.batch is None else self.batch
         if self.image and self.normalization is not None:
-            return self.place(scenes(count, *self.chw, rng))
+            return self.place(self.normalization.like_dataset(scenes(count, *self.chw, rng)))
         shape = self.shape if self.batch == 0 else (count, *self.shape)
         if self.normalization is not None:
             low, high = self.normalization.range
@@ -291,7 +293,7 @@ def _given(config: Config, channels: int) -> Normalization | None:
             if len(values) not in (1, channels):
                 raise OptionError(f"input-{word} has {len(values)} values; the input has {channels} channels")
         pairs = np.broadcast_arrays(np.array(config.input_mean), np.array(config.input_std))
-        return Normalization("given", tuple(map(float, pairs[0])), tuple(map(float, pairs[1])))
+        return Normalization(GIVEN, tuple(map(float, pairs[0])), tuple(map(float, pairs[1])))
     if config.input_range is not None:
         return _within(*config.input_range)
     return None
@@ -299,7 +301,7 @@ def _given(config: Config, channels: int) -> Normalization | None:
 
 def _within(low: float, high: float) -> Normalization:
     std = 255 / (high - low)
-    return Normalization("given", (-low * std,), (std,))
+    return Normalization(GIVEN_RANGE, (-low * std,), (std,))
 
 
 def _first_statistics(graph: Graph, name: str, statistics: Statistics) -> str | None:

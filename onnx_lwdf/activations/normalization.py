@@ -10,7 +10,11 @@ from onnx_lwdf.activations.images import F32
 
 ESTIMATED_REACH = 3.0  # deviations around the mean that an input of estimated normalization is given
 ESTIMATED, STANDARD = "estimated", "zero mean, unit deviation"  # mean and deviation are known, black and white are not
+GIVEN, GIVEN_RANGE = "given", "given range"  # by mean and std, or by where the values end
 SCENES_MEAN, SCENES_DEVIATION = 127.5, 78.0  # of the synthetic pixels; measured 131 and 78
+
+# Deviations that a dataset's pixels may have, in shares of the largest one with that mean: MNIST's have 0.92, photographs 0.5.
+FLATTEST, STARKEST = 0.2, 0.95
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,6 +30,20 @@ class Normalization:
         shape = (1, -1, *(1,) * (images.ndim - 2))
         mean, std = np.array(self.mean, np.float32).reshape(shape), np.array(self.std, np.float32).reshape(shape)
         return np.asarray((images * np.float32(255) - mean) / std, np.float32)
+
+    def like_dataset(self, images: F32) -> F32:
+        """Synthetic images in [0, 1] [N, C, ...], with the mean and deviation of the dataset's pixels where these are known.
+
+        Numbers that the user gives are those, as a rule; a network whose BatchNormalization is folded has nothing else to say
+        how bright its images are. They are not where no pixels have them: 0 and 255, 127.5 and 127.5, 104 and 1.
+        """
+        mean, std = np.array(self.mean), np.array(self.std)
+        most = np.sqrt(np.maximum(mean * (255 - mean), 0))  # the deviation of pixels that are black or white
+        if self.name != GIVEN or not ((std > FLATTEST * most) & (std < STARKEST * most)).all():
+            return images
+        shape = (1, -1, *(1,) * (images.ndim - 2))
+        factor, center = (std / SCENES_DEVIATION).reshape(shape), (mean / 255).reshape(shape)
+        return np.clip((images - SCENES_MEAN / 255) * factor + center, 0, 1).astype(np.float32)
 
     @property
     def apart(self) -> bool:

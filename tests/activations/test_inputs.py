@@ -124,6 +124,29 @@ def test_a_folded_bottleneck_tells_what_to_assume(convention):
     assert f"assumed {convention.name}" in warnings[0]
 
 
+@pytest.mark.parametrize(("mean", "std"), [((123.675, 116.28, 103.53), (58.395, 57.12, 57.375)), ((72.93,), (90.015,))])
+def test_images_have_the_mean_and_deviation_that_are_given(mean, std):
+    """Within a quarter: black and white end what would be darker or brighter, which here lifts the mean by 0.2."""
+    spec, _ = read(residual(), input_mean=mean, input_std=std)
+    images = spec.draw(128, np.random.default_rng(0))
+    np.testing.assert_allclose(images.mean((0, 2, 3)), 0, atol=0.25)
+    np.testing.assert_allclose(images.std((0, 2, 3)), 1, atol=0.25)
+    low, high = spec.normalization.range
+    assert low - 1e-5 <= images.min() < images.max() <= high + 1e-5
+
+
+@pytest.mark.parametrize(
+    ("mean", "std"), [((0.0,), (255.0,)), ((127.5,), (127.5,)), ((103.939, 116.779, 123.68), (1.0,) * 3)]
+)
+def test_what_no_pixels_have_is_not_taken_for_the_mean_and_deviation_of_a_dataset(mean, std):
+    """Nor do images change that are no synthetic ones."""
+    spec, _ = read(residual(), input_mean=mean, input_std=std)
+    images = scenes(4, *spec.chw, np.random.default_rng(0))
+    np.testing.assert_array_equal(spec.draw(4, np.random.default_rng(0)), spec.place(images))
+    dataset, _ = read(residual(), input_mean=(72.93,), input_std=(90.015,))
+    np.testing.assert_allclose(dataset.place(images), (255 * images - 72.93) / 90.015, atol=1e-5)
+
+
 def test_given_normalization_wins():
     spec, warnings = read(residual(), input_mean=(10.0,), input_std=(2.0,))
     assert spec.normalization == Normalization("given", (10.0,), (2.0,))
