@@ -36,9 +36,9 @@ def parts():
 
 
 @pytest.mark.parametrize(
-    ("bits", "second", "taken"), [(5, 0.99, True), (5, 1.05, True), (5, 1.1, False), (6, 2.0, True), (8, 2.0, True)]
+    ("bits", "second", "taken"), [(6, 0.99, True), (6, 1.05, True), (6, 1.1, False), (8, 0.99, True), (8, 2.0, True)]
 )
-def test_grids_reach_further_with_six_bits_or_where_noise_hardly_grows(parts, bits, second, taken, monkeypatch):
+def test_grids_reach_further_with_eight_bits_or_where_noise_hardly_grows(parts, bits, second, taken, monkeypatch):
     graph, layers, plan, sites, samples, inputs, feeds, config = parts
     sites = [replace(site, bits=bits) for site in sites]
     ranges = {name: bounds for spec in inputs for name, bounds in spec.ranges.items()}

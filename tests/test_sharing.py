@@ -324,7 +324,7 @@ def test_copies_run_through_the_depthwise_layers_of_all_levels(seed, monkeypatch
     model = with_weights(
         LEVELS, {name: np.abs(value) if name in ("w1", "w3") else value for name, value in tensors.items()}
     )
-    result = onnx_lwdf.compress(model, bits=5, **FAST)
+    result = onnx_lwdf.compress(model, bits=6, **FAST)
     assert [layer.reason for layer in result.report.compressed if "channels copied" in layer.reason]
     feeds = samples(model, 16)
     for pair in zip(answers(model, feeds), answers(result.model, feeds), strict=True):
