@@ -11,7 +11,7 @@ import numpy.typing as npt
 import onnx
 
 from onnx_lwdf.activations.taps import Align, Feed, replace_aligned, samples_in
-from onnx_lwdf.graph import Graph, operator
+from onnx_lwdf.graph import Graph, before_softmax, operator
 from onnx_lwdf.runtime import Array, copy_of, open_session, run
 from onnx_lwdf.statistics import Statistics
 
@@ -41,7 +41,7 @@ class Backward:
         graph = self.graph
         nodes = list(graph.nodes)
         outer = [name for node in nodes if self._rule(node) is None for name in node.input if name]
-        ends = list(dict.fromkeys(self._before_softmax(name) for name in (*graph.outputs, *outer)))
+        ends = list(dict.fromkeys(before_softmax(graph, name) for name in (*graph.outputs, *outer)))
         made = [name for node in nodes for name in node.output if name and graph.constant(name) is None]
         self.shapes = {name: value.shape for name, value in self.feed.items()} | self._made_shapes(made)
         outputs = open_session(copy_of(graph.model, made), arena=False).get_outputs()
@@ -83,12 +83,6 @@ class Backward:
         graph.commit()
         answers = run(open_session(graph.model, arena=False), self.feed, ends) if ends else []
         return {name: float((value.astype(np.float64) ** 2).sum()) for name, value in zip(ends, answers, strict=True)}
-
-    def _before_softmax(self, name: str) -> str:
-        """What decides stands in front of it: behind it, a confident answer has no slope. A Sigmoid's values are answers."""
-        node = self.graph.producer.get(name)
-        plain = ("Softmax", "LogSoftmax", "Identity")
-        return self._before_softmax(node.input[0]) if node is not None and operator(node) in plain else name
 
     def _through(self, node: onnx.NodeProto) -> None:
         outputs = [name for name in node.output if name in self.parts or name in self.blocked]

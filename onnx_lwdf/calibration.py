@@ -1,6 +1,7 @@
 """Calibration: the grid of every activation.
 
-A range is searched on synthetic samples for the least sum of error^2. Real images hold objects, synthetic ones do not, and
+A range is searched on synthetic samples for the least sum of error^2, and ends earlier where the outputs gain by it
+(`clipping.py`). Real images hold objects, synthetic ones do not, and
 what answers to objects is deep in a network: where a share t of the layers on the way to the outputs is passed, ranges are
 
     1 + t^2 / 2
@@ -13,12 +14,14 @@ weights in float and means corrected, than chance may show: else wider grids cos
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from types import MappingProxyType
 
 import numpy as np
 
 from onnx_lwdf.activations.inputs import InputSpec
 from onnx_lwdf.activations.taps import Feed, Samples
+from onnx_lwdf.clipping import clipped
 from onnx_lwdf.config import TARGETS, Config
 from onnx_lwdf.emit import qdq
 from onnx_lwdf.gates import Span
@@ -42,6 +45,16 @@ JUDGES = 4  # chunks of synthetic images whose noise decides
 CHANCE = 1.07
 
 
+@dataclass(frozen=True, slots=True)
+class Calibration:
+    """What activations are stored in."""
+
+    grids: Mapping[str, ActivationGrid]  # by tensor; all tensors of a site share one
+    noises: Mapping[
+        str, float
+    ]  # that a tensor's grid alone leaves at the outputs, in units of their power, where it was seen
+
+
 def calibrate(
     graph: Graph,
     layers: Sequence[Layer],
@@ -53,17 +66,25 @@ def calibrate(
     config: Config,
     spans: Mapping[str, Span] = MappingProxyType({}),
     gradients: Sensitivities = MappingProxyType({}),
-) -> dict[str, ActivationGrid]:
-    """Tensor name -> grid; all tensors of a site share one. `feeds` hold samples of the model's inputs."""
+) -> Calibration:
+    """The grids of all sites. `feeds` hold samples of the model's inputs."""
     ranges = {name: bounds for spec in inputs for name, bounds in spec.ranges.items()}
-    tight = _grids(graph, layers, sites, samples, ranges, config, spans, gradients)
-    wider = _reaching(graph, layers, sites, tight, spans, config)
-    found, wider = (share_steps(graph, sites, grids, gradients, ranges.keys()) for grids in (tight, wider))
-    if wider == found or all(site.bits == 8 for site in sites):
-        return wider
-    few = feeds[:JUDGES]
-    noises = [grid_noise(graph, layers, plan, sites, grids, samples, few, config)[0] for grids in (found, wider)]
-    return wider if noises[1] < CHANCE * noises[0] else found
+    searched = _grids(graph, layers, sites, samples, ranges, config, spans, gradients)
+    fixed = {
+        site.tensors[0] for site in sites if site.tensors[0] in ranges or _given(site, spans) or _pooled(graph, site)
+    }
+    free = [site for site in sites if site.tensors[0] not in fixed]
+    symmetric = TARGETS[config.target].symmetric_activations
+    tight = clipped(graph, layers, free, searched, samples, feeds[0], symmetric)
+    wider = _reaching(graph, layers, sites, tight.grids, spans, config)
+    found, wider = (share_steps(graph, sites, grids, gradients, ranges.keys()) for grids in (tight.grids, wider))
+    if wider != found and any(site.bits < 8 for site in sites):
+        few = feeds[:JUDGES]
+        noises = [grid_noise(graph, layers, plan, sites, grids, samples, few, config)[0] for grids in (found, wider)]
+        wider = wider if noises[1] < CHANCE * noises[0] else found
+    # What is rounded to wider steps is noisier by their square; what is cut off by less.
+    grown = {name: (wider[name].scale / tight.grids[name].scale) ** 2 for name in tight.noises}
+    return Calibration(wider, {name: noise * grown[name] for name, noise in tight.noises.items()})
 
 
 def _reaching(

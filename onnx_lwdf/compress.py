@@ -214,13 +214,14 @@ def _solve(source: Source, prepared: Prepared, chunks: Sequence[Feed], config: C
     on_layer(Progress("precondition", "", 1, 1))
 
     pruning = share_budget(graph, layers, prepared.pruning, samples, chunks[0], config)
-    grids = calibrate(graph, layers, plan, sites, samples, prepared.inputs, chunks, config, spans, gradients)
+    known = calibrate(graph, layers, plan, sites, samples, prepared.inputs, chunks, config, spans, gradients)
+    grids = known.grids
     read = {spec.pixels: "reads pixels of 0 to 255" for spec in prepared.inputs}
     read |= {spec.parts: "reads its input in two parts of 8 bits" for spec in prepared.inputs}
     notes = [{layer.name: read[layer.input] for layer in layers if layer.input in read}, pruned.notes]
     if not any(one.asked for one in pruning.values()):
         groups = find_groups(graph, layers)
-        copied = copy_channels(graph, layers, groups, grids, samples, statistics, gradients, chunks[0])
+        copied = copy_channels(graph, layers, groups, grids, samples, statistics, gradients, chunks[0], known.noises)
         layers, samples, statistics = copied.layers, copied.samples, copied.statistics
         notes.append(copied.notes)
         limits = pair_limits(graph, layers, plan, grids, config)

@@ -305,6 +305,13 @@ def operator(node: onnx.NodeProto) -> str:
     return node.op_type if node.domain in ("", "ai.onnx") else f"{node.domain}::{node.op_type}"
 
 
+def before_softmax(graph: Graph, name: str) -> str:
+    """What decides stands in front of it: behind it, a confident answer has no slope. A Sigmoid's values are answers."""
+    node = graph.producer.get(name)
+    plain = ("Softmax", "LogSoftmax", "Identity")
+    return before_softmax(graph, node.input[0]) if node is not None and operator(node) in plain else name
+
+
 def axes_of(graph: Graph, node: onnx.NodeProto) -> list[int]:
     """The axes that a node names, by its attribute or, in later operator sets, its second input; none where that is open."""
     named = graph.constant(node.input[1]) if len(node.input) > 1 else attribute(node, "axes", None)

@@ -11,6 +11,7 @@ from onnx_lwdf import calibration
 from onnx_lwdf.activations.inputs import read_inputs
 from onnx_lwdf.activations.sampler import draw_chunks, synthesize
 from onnx_lwdf.calibration import calibrate, grid_noise
+from onnx_lwdf.clipping import Clipped
 from onnx_lwdf.config import Config
 from onnx_lwdf.graph import Graph
 from onnx_lwdf.layers import Bits, find_layers, set_weight, weight_of
@@ -35,6 +36,13 @@ def parts():
     return graph, layers, plan, sites, samples, inputs, chunks, config
 
 
+@pytest.fixture
+def unclipped(monkeypatch):
+    """Grids as they were searched: what the outputs say of each is `test_clipping.py`'s."""
+    monkeypatch.setattr(calibration, "clipped", lambda _graph, _layers, _sites, grids, *_: Clipped(grids, {}))
+
+
+@pytest.mark.usefixtures("unclipped")
 @pytest.mark.parametrize(
     ("bits", "second", "taken"), [(6, 0.99, True), (6, 1.05, True), (6, 1.1, False), (8, 0.99, True), (8, 2.0, True)]
 )
@@ -45,7 +53,7 @@ def test_grids_reach_further_with_eight_bits_or_where_noise_hardly_grows(parts, 
     searched = calibration._grids(graph, layers, sites, samples, ranges, config, {}, {})
     noises = iter([(1.0, 1.0), (second, 1.0)])
     monkeypatch.setattr(calibration, "grid_noise", lambda *_: next(noises))
-    found = calibrate(graph, layers, plan, sites, samples, inputs, feeds, config)
+    found = calibrate(graph, layers, plan, sites, samples, inputs, feeds, config).grids
     assert found.keys() == {tensor for site in sites for tensor in site.tensors}
     assert (found != searched) is taken
     passed = shares_passed(graph, layers)
@@ -59,6 +67,7 @@ def test_grids_reach_further_with_eight_bits_or_where_noise_hardly_grows(parts, 
         np.testing.assert_allclose(grid.scale * grid.levels, width, atol=1.01 * grid.scale)
 
 
+@pytest.mark.usefixtures("unclipped")
 def test_data_reach_as_far_as_they_reach(parts, monkeypatch):
     graph, layers, plan, sites, samples, inputs, feeds, config = parts
     config = replace(config, activations_from="images")
@@ -73,7 +82,7 @@ def test_data_reach_as_far_as_they_reach(parts, monkeypatch):
         {},
         {},
     )
-    assert calibrate(graph, layers, plan, sites, samples, inputs, feeds, config) == searched
+    assert calibrate(graph, layers, plan, sites, samples, inputs, feeds, config).grids == searched
 
 
 def test_noise_falls_by_a_factor_of_sixteen_with_steps_of_a_fourth(parts):

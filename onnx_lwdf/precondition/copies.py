@@ -10,9 +10,10 @@ is x rounded to a grid of k times as many steps: a k^2-th of the noise. (Outlier
 1901.09504, halves a channel's range in the same way.) The float network's function stays but for values within an offset of
 a Relu's corner, and for what an offset leaves behind a padded border: less than one step of the grid.
 
-Which channels, and how often: copies that take most noise from the model's outputs, by their gradients, for their price,
-the share that they add to the network's multiplications and to its weights, as long as they take a larger share of the noise.
-What is of b bits counts b / 8 of that. They come by as many as leave the channels a multiple of 16, or of the power of 2 that
+Which channels, and how often: copies that take most noise from the model's outputs for their price. A tensor's grid was seen
+to leave so much noise there, and the gradients say what part of it each channel's rounding has. The price is the share that
+copies add to the network's multiplications and to its weights, what is of b bits counts b / 8 of that; they are made as long
+as they take a larger share of the noise. They come by as many as leave the channels a multiple of 16, or of the power of 2 that
 they are one of: onnxruntime's integer kernels (1.32) take 16 channels at a time and the rest one by one, 33 channels of
 a depthwise layer twice as long as 32 or 48.
 """
@@ -23,6 +24,7 @@ import heapq
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from types import MappingProxyType
 
 import numpy as np
 import numpy.typing as npt
@@ -80,14 +82,19 @@ def copy_channels(
     statistics: Statistics,
     gradients: Sensitivities,
     feed: Feed,
+    noises: Mapping[str, float] = MappingProxyType({}),
 ) -> Copied:
-    """Copy the channels for which that pays. `feed`: one that the model runs on."""
+    """Copy the channels for which that pays. `feed`: one that the model runs on; `noises`: of tensors, where they were seen."""
     paths = [
         path
         for path in find_paths(graph, groups, grids)
         if all(samples.moments[layer.name].blocks == 1 for layer in path.readers)
     ]
-    noise = {name: _noise(samples, grids[name], gradients[name], name) for name in grids if name in gradients}
+    noise = {
+        name: _noise(samples.values[name], grids[name], gradients[name], noises.get(name))
+        for name in grids
+        if name in gradients
+    }
     made = [_made(graph, path) for path in paths]
     paths = [path for path, names in zip(paths, made, strict=True) if all(name in noise for name in names)]
     if not paths:
@@ -161,12 +168,19 @@ def _made(graph: Graph, path: Path) -> list[str]:
     return [behind_activation(graph, layer.output) for layer in path.writers]
 
 
-def _noise(samples: Samples, grid: ActivationGrid, gradient: F64, name: str) -> F64:
-    """[channels]: what each channel's rounding adds to the outputs, its mean left out: biases take that up."""
-    exact = samples.values[name].astype(np.float64)
-    if len(exact) != len(gradient):
+def _noise(values: F32, grid: ActivationGrid, gradient: F64, seen: float | None) -> F64:
+    """[channels]: what each channel's rounding adds to the outputs, its mean left out: biases take that up.
+
+    What is cut off is no part of it, for copies do not mend that. All channels together leave what was seen, where it was.
+    """
+    if len(values) != len(gradient):
         return np.zeros(0)
-    return np.asarray((grid.quantize(exact) - exact).var(1) * strengths(gradient))
+    exact = np.clip(
+        values.astype(np.float64), -grid.zero_point * grid.scale, (grid.levels - grid.zero_point) * grid.scale
+    )
+    noise = np.asarray((grid.quantize(exact) - exact).var(1) * strengths(gradient))
+    total = float(noise.sum())
+    return noise if seen is None or total <= 0 else noise * (seen / total)
 
 
 def _price(graph: Graph, path: Path, by_layer: Mapping[str, float], grids: Mapping[str, ActivationGrid]) -> float:

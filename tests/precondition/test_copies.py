@@ -91,11 +91,11 @@ def test_a_resize_that_names_sizes_keeps_its_channels(sizes, paths):
 
 
 def test_the_function_stays(monkeypatch):
-    monkeypatch.setattr(copies, "MOST_ADDED", 0.5)
+    monkeypatch.setattr(copies, "MOST_ADDED", 2.0)  # of 30 bits
     feeds = samples(network())
     before = answers(network(), feeds)[0]
     graph, layers, _, seen, gradients = parts(1.0)
-    fine = {name: ActivationGrid(1e-6, 0, 8) for name in "bd"} | {"f": ActivationGrid(0.1, 128, 8)}
+    fine = {name: ActivationGrid(1e-6, 0, 30) for name in "bd"} | {"f": ActivationGrid(0.1, 128, 8)}
     done = copied(graph, layers, fine, seen, gradients)
     assert any("copied" in note for note in done.notes.values())
     np.testing.assert_allclose(answers(graph.snapshot(), feeds)[0], before, rtol=1e-4, atol=1e-4)
@@ -242,3 +242,13 @@ def test_copies_of_fewer_bits_cost_less():
         for bits in (8, 4)
     ]
     assert prices == pytest.approx([3 * 0.1 / 6, 3 * 0.1 / 12])  # two layers make the six channels, one reads them
+
+
+def test_noise_is_that_of_rounding_and_adds_up_to_what_was_seen():
+    """Values of two channels on a grid up to 15: one is cut off, the other rounded by a quarter either way."""
+    values = np.array([[20.0, 30, 40, 50], [1.25, 2.75, 3.25, 4.75]], np.float32)
+    grid, strength = ActivationGrid(1.0, 0, 4), np.array([7.0, 3.0])
+    np.testing.assert_allclose(copies._noise(values, grid, strength, None), [0, 3 / 16])
+    np.testing.assert_allclose(copies._noise(values, grid, strength, 0.5), [0, 0.5])
+    np.testing.assert_array_equal(copies._noise(values[:1], grid, strength[:1], 0.5), [0])
+    assert copies._noise(values, grid, np.ones(3), 0.5).size == 0
