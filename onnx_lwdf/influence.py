@@ -88,8 +88,12 @@ def relative_loss(loss: float, weight: F64, covariance: F64) -> float:
 
 
 def numbers(outputs: Sequence[Array]) -> list[F64]:
-    """The outputs that are real numbers: a class index has no error to measure, nor has an empty output."""
-    return [value.astype(np.float64) for value in outputs if value.dtype.kind == "f" and value.size]
+    """The outputs that are real numbers: a class index has no error to measure, nor has an empty output.
+
+    What is endless, such as the logit of a class that is masked, is 0.
+    """
+    found = [value.astype(np.float64) for value in outputs if value.dtype.kind == "f" and value.size]
+    return [np.where(np.isfinite(value), value, 0.0) for value in found]
 
 
 def power_share(exact: Sequence[F64]) -> float:

@@ -149,7 +149,7 @@ ENDLESS = """
 """
 
 
-@pytest.mark.parametrize("activations", [8, "float"])
+@pytest.mark.parametrize("activations", [8, 7, "float"])
 @pytest.mark.parametrize("masked", [(), ("never_a",), ("never_y",), ("never_a", "never_y")])
 @pytest.mark.filterwarnings("error")
 def test_a_class_or_a_channel_that_is_masked_by_infinity(masked, activations):
