@@ -32,7 +32,7 @@ from onnx_lwdf.sites import Site
 
 STEP = 2**-0.25  # of a range; finer steps take noise away by less than a tenth
 GAIN = 0.9  # of the noise may be left by a step: less is what 16 images show by chance
-VALUES = 2**27  # of all tensors together, kept for a few images
+VALUES = 2**25  # of all tensors together, kept for a few images: five of MobileNetV2
 
 log = logging.getLogger(__name__)
 
